@@ -1,0 +1,671 @@
+"""Images and captions: caption JSONs, image files, tokens, training items, and the built-in `shapes` data set.
+
+A data set is one block of configs.yaml; `load_split` turns the name of a split into a `Split`. Whatever is wrong with
+the input raises `DataError`, whose text is one line that names the file and the entry and says what to do.
+"""
+import gzip
+import json
+import math
+import os
+import posixpath
+import re
+import sys
+import urllib.error
+import urllib.request
+import warnings
+import zlib
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path, PureWindowsPath
+
+import numpy as np
+import torch
+from huggingface_hub import constants as hub
+from PIL import Image, ImageDraw, ImageOps
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from torchvision import transforms as T
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+PARTS = ("train", "val", "test")
+
+class DataError(Exception):
+    """Bad input, told in one line."""
+
+    def __str__(self):
+        # a DataLoader worker's error arrives with the worker's traceback before it: the last line is ours
+        return super().__str__().strip().rpartition("\n")[2].removeprefix(f"{__name__}.DataError: ")
+
+def require(condition, message):
+    if not condition:
+        raise DataError(message)
+
+def brief(error):
+    """The first 150 characters of an exception's text, on one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:150]
+
+# ---------------------------------------------------------------------------------------------------------------------
+# splits
+
+class Split:
+    """A named list of images, each with one or more captions.
+
+    texts: every caption, image by image, T in all; image_of_text: int64 (T,), the image of each.
+    """
+
+    def __init__(self, name, image_names, captions):
+        self.name, self.image_names, self.captions = name, image_names, captions
+        self.texts = [text for texts in captions for text in texts]
+        self.image_of_text = np.repeat(np.arange(len(captions)), [len(texts) for texts in captions])
+
+    def __len__(self):
+        return len(self.image_names)
+
+class FileSplit(Split):
+    """Images on disk, each at folder/name."""
+
+    def __init__(self, name, image_names, captions, folder):
+        super().__init__(name, image_names, captions)
+        self.folder = folder
+
+    def subset(self, indices):
+        return FileSplit(self.name, self.image_names[indices], self.captions[indices], self.folder)
+
+    def load_image(self, i, size=None):
+        """-> PIL RGB image, upright. Given `size`, a large JPEG is decoded at 1/2, 1/4 or 1/8, both sides >= 2 size."""
+        path = self.folder / self.image_names[i]
+        try:
+            with warnings.catch_warnings(), Image.open(path) as image:
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                if size is not None:
+                    image.draft("RGB", (2 * size, 2 * size))  # twice: room for crops and for a clean resize
+                ImageOps.exif_transpose(image, in_place=True)
+                if image.mode.startswith("I;16"):  # convert() would clip 16 bits to white
+                    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+                if image.has_transparency_data:
+                    image = image.convert("RGBA")
+                    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+                return image.convert("RGB")
+        except Exception as error:  # Pillow's decoders raise nearly any type on damaged bytes
+            raise DataError(f"{path}: image {i} of {self.name} ({self.image_names[i]!r}) does not decode "
+                            f"({brief(error)}): replace the file or remove its entry") from None
+
+def split_names(datasets):
+    """{split name: (data set, part, folds)} of every split in the `datasets` block; folds is 1 unless stated."""
+    names = {}
+    for dataset, block in datasets.items():
+        where = f"configs: datasets.{dataset}"
+        require(isinstance(block, dict), f"{where} must be a map")
+        valid = ("kind", "size", "seed", "scenes") if "kind" in block else ("annotations", "images", "parts")
+        for key in block:
+            require(key in (*valid, "splits"), f"{where} has an unknown key {key!r}; valid: {', '.join(valid)}, splits")
+        splits = block.get("splits", {dataset: {"part": "test"}, f"{dataset}_val": {"part": "val"},
+                                      f"{dataset}_train": {"part": "train"}})
+        require(isinstance(splits, dict), f"{where}.splits must be a map from a split's name to {{part: ...}}")
+        for name, split in splits.items():
+            require(isinstance(split, dict) and split.get("part") in PARTS and set(split) <= {"part", "folds"},
+                    f"{where}.splits.{name} must be {{part: {'|'.join(PARTS)}}} with an optional folds: N")
+            folds = split.get("folds", 1)
+            require(type(folds) is int and folds >= 1, f"{where}.splits.{name}.folds must be a whole number >= 1")
+            require(name not in names, f"{where}.splits.{name} is already a split of another data set: rename one")
+            names[name] = (dataset, split["part"], folds)
+    return names
+
+def load_split(name, datasets, root, check_images=True):
+    """The split `name`, which may carry a slice over its images: f8k, f8k_val[:500], f8k_val[500:].
+
+    datasets: the `datasets` block of configs.yaml; root: the folder that its paths start from (--data-root).
+    check_images=False skips the check that every image file is there, for work on captions alone.
+    """
+    base, first, last = re.fullmatch(r"(.*?)(?:\[(\d*):(\d*)\])?", name, re.DOTALL).groups()
+    names = split_names(datasets)
+    require(base in names, f"unknown split {name!r}; valid: {', '.join(names)} (each may carry a slice such as [:500])")
+    dataset, part, _ = names[base]
+    block, where = datasets[dataset], f"configs: datasets.{dataset}"
+    if "kind" in block:
+        whole = shapes_split(block, part, where)
+    else:
+        whole = file_split(dataset, block, part, Path(root), where)
+    split = whole.subset(slice(int(first) if first else None, int(last) if last else None))
+    split.name = name
+    require(len(split), f"{name}: the slice is empty: {base} has {len(whole)} images")
+    if check_images and isinstance(split, FileSplit):
+        missing = [image for image in split.image_names if not (split.folder / image).is_file()]
+        require(not missing, f"{name}: {len(missing)} of {len(split)} images are missing in {split.folder}, first "
+                f"{', '.join(map(repr, missing[:3]))}: put them there, or change {where}.images or --data-root")
+    return split
+
+# ---------------------------------------------------------------------------------------------------------------------
+# caption files: each reader returns [(label for messages, (folder, file name), captions)], checked by file_split
+
+def file_split(dataset, block, part, root, where):
+    """Reads one part of a data set on disk; the layout of its JSON is told by its content."""
+    def of_part(key):  # `annotations` and `images` are one path, or one per part
+        value = block.get(key)
+        if isinstance(value, dict):
+            require(part in value, f"{where}.{key} has no {part!r}, only {', '.join(map(repr, value))}")
+            value = value[part]
+        require(type(value) is str, f"{where}.{key} must be a path, or a map from {', '.join(PARTS)} to a path each")
+        return root / value
+
+    wanted = block.get("parts", {})
+    require(isinstance(wanted, dict) and all(isinstance(value, list) for value in wanted.values()),
+            f"{where}.parts must map a part to a list of split names in the file, such as train: [train, restval]")
+    path, folder = of_part("annotations"), of_part("images")
+    one_file = not isinstance(block["annotations"], dict)
+    file, content = read_json(path, folder, dataset)
+    karpathy = isinstance(content, dict) and isinstance(content.get("images"), list) and "annotations" not in content
+    require(karpathy or not one_file or not known_layout(content), f"{file}: this layout has no splits inside: give one "
+            f"file per part in {where}.annotations, such as {{train: a.json, val: b.json, test: c.json}}")
+    if karpathy:
+        entries = read_karpathy(file, content, wanted.get(part, [part]), one_file)
+    else:
+        require(known_layout(content), f"{file}: unknown layout; known: Karpathy {{'images': [{{'filename', 'split', "
+                "'sentences'}]}, a list [{'image', 'caption'}], COCO {'images', 'annotations'}")
+        entries = read_list(file, content) if isinstance(content, list) else read_coco(file, content)
+    require(entries, f"{file}: holds no images: give a file with at least one")
+    names, captions = [], []
+    for label, steps, texts in entries:
+        for step in steps:
+            safe = posixpath.normpath(step.replace("\\", "/")).split("/")[0] != ".." and not PureWindowsPath(step).anchor
+            require(safe, f"{label}: path {step!r} leaves the image folder: use a path relative to it")
+        texts = [typed(text, str, f"{label}: caption {k}") for k, text in enumerate(texts)]
+        captions.append([text for text in texts if text.strip()])
+        require(captions[-1], f"{label} has no caption: add one or remove the entry")
+        names.append(posixpath.join(*steps))
+    return FileSplit(dataset, names, captions, folder)
+
+def known_layout(content):
+    """Whether the content looks like the list layout or like COCO's."""
+    if isinstance(content, list):
+        return not content or isinstance(content[0], dict) and "image" in content[0]
+    return isinstance(content, dict) and isinstance(content.get("images"), list) and "annotations" in content
+
+def read_json(path, folder, dataset):
+    """-> (the file that was read: path, or path.gz where only that exists; its content)."""
+    zipped = path.with_name(path.name + ".gz")
+    file = zipped if zipped.is_file() and not path.is_file() else path
+    try:
+        data = file.read_bytes()
+        return file, json.loads((gzip.decompress(data) if file.suffix == ".gz" else data).decode("utf-8-sig"))
+    except FileNotFoundError:
+        what = "the caption file"
+        if path.name.startswith("dataset_"):
+            what = f"Karpathy's split file {path.name!r} (cs.stanford.edu/people/karpathy/deepimagesent)"
+        raise DataError(f"{path}: no such file: {dataset} needs {what} there and its images in {folder}; is --data-root "
+                        "right? `--backbone vit_micro` trains on the built-in scenes without any download") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: not valid UTF-8 at byte {error.start}: save the file as UTF-8") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{file}: not JSON ({brief(error)}): fetch or write the file again") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{file}: cannot be read ({brief(error)}): fetch it again or check its permissions") from None
+
+def typed(value, kind, label):
+    """value, if it is of type `kind`, and text that can be encoded if that is str."""
+    if type(value) is not kind:
+        found = "missing" if value is None else type(value).__name__
+        raise DataError(f"{label} is {found}, must be {kind.__name__}: correct the entry")
+    if kind is str and not value.isascii() and re.search("[\ud800-\udfff]", value):
+        raise DataError(f"{label} holds half a surrogate pair, which is not text: correct the entry")
+    return value
+
+def labelled(file, items, name_key, what="entry"):
+    """Yields (label, entry): the label names the file, the index and the image's name where the entry has one."""
+    for i, entry in enumerate(items):
+        label = f"{file}: {what} {i}"
+        typed(entry, dict, label)
+        yield f"{label} ({entry[name_key]!r:.80})" if name_key in entry else label, entry
+
+def read_karpathy(file, content, wanted, need_split):
+    """{"images": [{filepath?, filename, split, sentences: [{raw}]}]}, the entries of the wanted splits."""
+    entries, seen = [], Counter()
+    for label, entry in labelled(file, content["images"], "filename"):
+        if need_split or "split" in entry:
+            split = typed(entry.get("split"), str, f"{label}: 'split'")
+            seen[split] += 1
+            if split not in wanted:
+                continue
+        steps = (typed(entry.get("filepath", "images"), str, f"{label}: 'filepath'"),
+                 typed(entry.get("filename"), str, f"{label}: 'filename'"))
+        sentences = typed(entry.get("sentences"), list, f"{label}: 'sentences'")
+        entries.append((label, steps, [typed(s, dict, f"{label}: sentence {k}").get("raw") for k, s in enumerate(sentences)]))
+    found = ", ".join(f"{split!r:.80} ({n})" for split, n in seen.most_common(8))
+    require(entries or not seen, f"{file}: no image of split {' or '.join(map(repr, wanted))}; the file has {found}: "
+            "use one of these, or set `parts` of the data set in the configuration")
+    return entries
+
+def read_list(file, content):
+    """[{"image", "caption": str or [str]}]; entries of one image are merged."""
+    entries = {}
+    for label, entry in labelled(file, content, "image"):
+        name, texts = typed(entry.get("image"), str, f"{label}: 'image'"), entry.get("caption")
+        texts = texts if type(texts) is list else [typed(texts, str, f"{label}: 'caption'")]
+        entries.setdefault(name, (label, (name,), []))[2].extend(texts)
+    return list(entries.values())
+
+def read_coco(file, content):
+    """{"images": [{id, file_name}], "annotations": [{image_id, caption}]}."""
+    entries = {}
+    for label, entry in labelled(file, content["images"], "file_name", "image"):
+        key = typed(entry.get("id"), int, f"{label}: 'id'")
+        require(key not in entries, f"{label}: id {key} is another image's already: give every image its own")
+        entries[key] = (label, (typed(entry.get("file_name"), str, f"{label}: 'file_name'"),), [])
+    for label, entry in labelled(file, typed(content["annotations"], list, f"{file}: 'annotations'"), "id", "annotation"):
+        key = typed(entry.get("image_id"), int, f"{label}: 'image_id'")
+        require(key in entries, f"{label}: no image has the id {key}: add the image or remove the annotation")
+        entries[key][2].append(typed(entry.get("caption"), str, f"{label}: 'caption'"))
+    return list(entries.values())
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tokens
+
+def hub_reachable(seconds=5):
+    """Whether the hub answers at all. Without a network, its own client retries for 46 s before it gives up."""
+    if hub.HF_HUB_OFFLINE:
+        return False
+    try:
+        urllib.request.urlopen(urllib.request.Request(hub.ENDPOINT, method="HEAD"), timeout=seconds).close()
+    except urllib.error.HTTPError:
+        pass  # an answer
+    except (OSError, ValueError):
+        return False
+    return True
+
+def load_tokenizer(name, captions=None):
+    """The tokenizer `name`: a local folder, or a name in the hub's cache or on the hub.
+
+    captions: give them where a vocabulary of one's own will do (a text encoder from scratch); it is built from them
+    when name is None or cannot be loaded.
+    """
+    if name is None:
+        require(captions, "no tokenizer: set text.name, or give captions to build a vocabulary from")
+        return build_tokenizer(captions)
+    try:
+        try:
+            tok = AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
+        except Exception:
+            if os.path.isdir(name) or not hub_reachable():
+                raise
+            tok = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        require(isinstance(tok, PreTrainedTokenizerFast), "it has no fast tokenizer")
+    except Exception as error:  # OSError, ValueError, and the HTTP client's own types
+        if captions:
+            print(f"tokenizer {name!r} cannot be loaded: using a vocabulary built from the captions", file=sys.stderr)
+            return build_tokenizer(captions)
+        raise DataError(f"tokenizer {name!r} is no folder with a tokenizer, not in the hub's cache and not on a hub in "
+                        f"reach ({brief(error)}): give a local folder with --set text.name=DIR") from None
+    if tok.pad_token is None:  # padding is masked everywhere, so any token will do
+        tok.pad_token = tok.eos_token or tok.unk_token
+    return tok
+
+def build_tokenizer(captions):
+    """Lower-case words and punctuation marks; the vocabulary is every word of the captions, frequent ones first."""
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+    normalizer, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+    counts = Counter(word for text in captions for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text)))
+    words = sorted(counts, key=lambda word: (-counts[word], word))
+    ids = {word: i for i, word in enumerate([*special.values(), *words])}
+    tok = Tokenizer(models.WordLevel(ids, unk_token="[UNK]"))
+    tok.normalizer, tok.pre_tokenizer = normalizer, splitter
+    tok.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[(mark, ids[mark]) for mark in ("[CLS]", "[SEP]")])
+    return PreTrainedTokenizerFast(tokenizer_object=tok, **special)
+
+def tokenizer_state(tok):
+    """A tokenizer as plain strings, for a checkpoint that loads with weights_only=True."""
+    state = json.loads(tok.backend_tokenizer.to_str())
+    state["truncation"] = state["padding"] = None  # settings of the last call, not of the tokenizer
+    special = {key: str(token) for key, token in tok.special_tokens_map.items() if isinstance(token, str)}
+    return {"tokenizer": json.dumps(state), "special": special}
+
+def tokenizer_from_state(state):
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(state["tokenizer"]), **state["special"])
+
+def tokenize(tok, texts, max_length):
+    """-> list of int32 (M,), M <= max_length with the special tokens, which truncation keeps."""
+    require(max_length >= 3, f"text.max_length is {max_length}: at least 3, for a word between two special tokens")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # said aloud, else every forked worker prints a warning
+    ids = tok(list(texts), truncation=True, max_length=max_length, return_attention_mask=False,
+              return_token_type_ids=False).input_ids
+    return [np.array(i, dtype=np.int32) for i in ids]
+
+def mirror_words(text):
+    """Swaps "left" and "right", keeping their case: what the caption says of its image's mirror image."""
+    def swap(match):
+        word = "right" if match[0].lower() == "left" else "left"
+        return word.upper() if match[0].isupper() else word.title() if match[0][0].isupper() else word
+    return re.sub(r"\b(left|right)\b", swap, text, flags=re.IGNORECASE)
+
+def mirror_tokens(tok, texts, max_length):
+    """{text index: ids of the mirrored caption}, for the captions that change (0.7% of Flickr30K's)."""
+    mirrored = {i: new for i, text in enumerate(texts) if (new := mirror_words(text)) != text}
+    return dict(zip(mirrored, tokenize(tok, mirrored.values(), max_length))) if mirrored else {}
+
+def augment_tokens(ids, rng, drop, mask, mask_id):
+    """Drops a token with probability `drop`, replaces it by mask_id with probability `mask` (mask_id None: never).
+
+    ids: (M,); the first and the last are special and stay; at least one inner token stays.
+    """
+    inner = ids[1:-1].copy()
+    if not len(inner):
+        return ids
+    u = rng.random(len(inner))
+    keep = u >= drop
+    if mask_id is not None:
+        inner[keep & (u < drop + mask)] = mask_id
+    if not keep.any():
+        keep[rng.integers(len(inner))] = True
+    return np.concatenate([ids[:1], inner[keep], ids[-1:]])
+
+def pad(token_ids, pad_id):
+    """list of (M_i,) -> ids (B, M) int64, valid (B, M) bool."""
+    lengths = torch.tensor([len(ids) for ids in token_ids])
+    valid = torch.arange(int(lengths.max()))[None] < lengths[:, None]
+    ids = torch.full(valid.shape, pad_id)
+    ids[valid] = torch.cat([torch.as_tensor(i) for i in token_ids]).long()
+    return ids, valid
+
+def text_batches(token_ids, batch_size, pad_id):
+    """Yields (indices (b,), ids (b, M) int64, valid (b, M) bool), longest first, so that there is little padding."""
+    order = np.argsort([-len(ids) for ids in token_ids], kind="stable")
+    for start in range(0, len(order), batch_size):
+        indices = order[start:start + batch_size]
+        yield torch.from_numpy(indices), *pad([token_ids[i] for i in indices], pad_id)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# items and batches
+
+def image_transform(size, mean, std, train, crop=(0.6, 1.0)):
+    """PIL image -> (3, size, size) float32, normalised.
+
+    Training crops a random share `crop` of the area; (1, 1) is no crop. Evaluation squashes the whole image into the
+    square, as LAPS and VSE do: nothing that a caption mentions is cut off.
+    """
+    resize = T.Resize((size, size), T.InterpolationMode.BICUBIC)
+    if train and tuple(crop) != (1, 1):
+        resize = T.RandomResizedCrop(size, scale=tuple(crop), interpolation=T.InterpolationMode.BICUBIC)
+    transform = T.Compose([resize, T.ToTensor(), T.Normalize(mean, std)])
+    transform.size = size  # tells load_image how large a decoded image must be
+    return transform
+
+class PairSampler:
+    """Batches of (image, text, item seed) of one epoch; the same whatever the number of workers, so that runs resume.
+
+    mode "captions": every caption once an epoch; "images": every image once, with a random caption of it.
+    The caller sets `epoch`, and `start`: how many of the epoch's batches to skip (back to 0 for the next epoch).
+    """
+
+    def __init__(self, split, batch_size, epoch_mode, seed, drop_last=True):
+        require(epoch_mode in ("captions", "images"), f"unknown data.epoch {epoch_mode!r}; valid: captions, images")
+        self.image_of_text, self.images, self.batch_size = split.image_of_text, len(split), batch_size
+        self.mode, self.seed, self.drop_last, self.epoch, self.start = epoch_mode, seed, drop_last, 0, 0
+
+    def __len__(self):
+        n = self.images if self.mode == "images" else len(self.image_of_text)
+        return max(1, n // self.batch_size) if self.drop_last else math.ceil(n / self.batch_size)
+
+    def __iter__(self):
+        rng = np.random.default_rng([self.seed, self.epoch])
+        if self.mode == "images":
+            images = rng.permutation(self.images)
+            texts = rng.integers(np.searchsorted(self.image_of_text, images),
+                                 np.searchsorted(self.image_of_text, images, side="right"))
+        else:
+            texts = rng.permutation(len(self.image_of_text))
+            images = self.image_of_text[texts]
+        items = list(zip(images.tolist(), texts.tolist(), rng.integers(2 ** 62, size=len(texts)).tolist()))
+        for b in range(self.start, len(self)):
+            yield items[b * self.batch_size:(b + 1) * self.batch_size]
+
+class TrainPairs(torch.utils.data.Dataset):
+    """(image, text, item seed) -> (image (3, H, W) float32, ids (M,) int64, image); all randomness is the item seed's.
+
+    flip: probability of mirroring the image; its caption then has left and right swapped, which `mirrored` =
+    mirror_tokens(...) holds ready.
+    """
+
+    def __init__(self, split, token_ids, transform, mask_id, word_drop, word_mask, flip=0.0, mirrored=None):
+        if flip and mirrored is None:
+            raise ValueError("flip needs mirrored=mirror_tokens(tok, split.texts, max_length)")
+        self.split, self.token_ids, self.transform, self.mirrored = split, token_ids, transform, mirrored
+        self.mask_id, self.word_drop, self.word_mask, self.flip = mask_id, word_drop, word_mask, flip
+
+    def __len__(self):
+        return len(self.token_ids)
+
+    def __getitem__(self, item):
+        image, text, seed = item
+        rng = np.random.default_rng(seed)
+        pixels, ids = self.split.load_image(image, self.transform.size), self.token_ids[text]
+        if rng.random() < self.flip:
+            pixels, ids = ImageOps.mirror(pixels), self.mirrored.get(text, ids)
+        ids = augment_tokens(ids, rng, self.word_drop, self.word_mask, self.mask_id)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the accelerator as well
+            pixels = self.transform(pixels)
+        return pixels, torch.from_numpy(ids.astype(np.int64)), image
+
+class Collate:
+    """Items of TrainPairs -> {"images" (B,3,H,W), "ids" (B,M) int64, "valid" (B,M) bool, "image_ids" (B,) int64}."""
+
+    def __init__(self, pad_id):
+        self.pad_id = pad_id
+
+    def __call__(self, items):
+        images, token_ids, image_ids = zip(*items)
+        ids, valid = pad(token_ids, self.pad_id)
+        return {"images": torch.stack(images), "ids": ids, "valid": valid, "image_ids": torch.tensor(image_ids)}
+
+class EvalImages(torch.utils.data.Dataset):
+    """i -> image (3, H, W) float32."""
+
+    def __init__(self, split, transform):
+        self.split, self.transform = split, transform
+
+    def __len__(self):
+        return len(self.split)
+
+    def __getitem__(self, i):
+        return self.transform(self.split.load_image(i, self.transform.size))
+
+# ---------------------------------------------------------------------------------------------------------------------
+# shapes: scenes of 2 to 4 coloured shapes on cluttered ground, drawn from a seed
+
+COLOURS = {"red": (220, 30, 35), "orange": (250, 140, 10), "yellow": (245, 225, 40), "green": (30, 165, 55),
+           "cyan": (40, 215, 225), "blue": (35, 60, 225), "purple": (145, 40, 195), "pink": (255, 115, 185)}
+SIZES = {"small": (.085, .11), "large": (.17, .20)}  # the radius as a fraction of the image
+
+def ngon(n, radius=1.0):
+    return [(radius * math.sin(2 * math.pi * k / n), -radius * math.cos(2 * math.pi * k / n)) for k in range(n)]
+
+OUTLINES = {  # in units of the object's radius, y down
+    "circle": ngon(40),
+    "square": [(-.85, -.85), (.85, -.85), (.85, .85), (-.85, .85)],
+    "triangle": [(0, -1), (1, .8), (-1, .8)],
+    "star": [point for pair in zip(ngon(10)[::2], ngon(10, .42)[1::2]) for point in pair],
+    "cross": [(-.33, -1), (.33, -1), (.33, -.33), (1, -.33), (1, .33), (.33, .33),
+              (.33, 1), (-.33, 1), (-.33, .33), (-1, .33), (-1, -.33), (-.33, -.33)],
+    "diamond": [(0, -1), (.7, 0), (0, 1), (-.7, 0)],
+    "ring": [*ngon(40), ngon(40)[0], ngon(40, .55)[0], *ngon(40, .55)[::-1]],  # round outside, then back round inside
+    "heart": [(x ** 3, -(13 * c - 5 * (2 * c * c - 1) - 2 * (4 * c ** 3 - 3 * c) - (8 * c ** 4 - 8 * c * c + 1)) / 16)
+              for x, c in ((s, -y) for s, y in ngon(40))],
+}
+RELATIONS = {"left": ("to the left of", "left of"), "right": ("to the right of", "on the right of"),
+             "above": ("above", "over"), "below": ("below", "under"), "near": ("near", "next to")}
+NUMBERS = {1: "a", 2: "two", 3: "three", 4: "four"}
+PLAIN, FULL = (1, 2), (0, 1, 2)  # which of an object's words (size, colour, shape) a phrase says
+
+@dataclass
+class Phrase:
+    """A noun phrase of a caption: caption[start:end] == text; boxes of every object that it fits, as (x0, y0, x1, y1)
+    in fractions of the image's width and height."""
+    text: str
+    start: int
+    end: int
+    boxes: list[tuple[float, float, float, float]]
+
+@dataclass
+class Object:
+    """One shape of a scene: its size, colour and shape in words, its centre and radius as fractions of the image."""
+    words: tuple[str, str, str]
+    x: float
+    y: float
+    radius: float
+
+    @property
+    def outline(self):
+        return [(self.x + self.radius * x, self.y + self.radius * y) for x, y in OUTLINES[self.words[2]]]
+
+    @property
+    def box(self):
+        xs, ys = zip(*self.outline)
+        return min(xs), min(ys), max(xs), max(ys)
+
+    def say(self, keys):
+        """The words that a phrase says of the object, None for those that it leaves open."""
+        return tuple(word if key in keys else None for key, word in enumerate(self.words))
+
+    def fits(self, said):
+        return all(word in (None, own) for word, own in zip(said, self.words))
+
+def place_objects(rng):
+    """2 to 4 objects whose boxes do not touch. They often share a colour or a shape, so that phrases are ambiguous."""
+    count, objects = rng.choice([2, 3, 4], p=[.2, .4, .4]), []
+    while len(objects) < count:
+        size, colour, shape = (list(words)[rng.integers(len(words))] for words in (SIZES, COLOURS, OUTLINES))
+        if objects and rng.random() < .5:
+            other = objects[rng.integers(len(objects))].words
+            colour, shape = (other[1], shape) if rng.random() < .5 else (colour, other[2])
+        radius = rng.uniform(*SIZES[size])
+        for x, y in rng.uniform(radius + .01, .99 - radius, (20, 2)).tolist():
+            if all(max(abs(x - o.x), abs(y - o.y)) > radius + o.radius + .02 for o in objects):
+                objects.append(Object((size, colour, shape), x, y, radius))
+                break
+        else:
+            objects = []  # too crowded: start again
+    return objects
+
+def compose(objects, parts):
+    """parts: strings, and (determiner, (size, colour, shape)) for noun phrases -> (caption, [Phrase])."""
+    text, phrases = "", []
+    for part in filter(None, parts):
+        text += " " if text else ""
+        if isinstance(part, str):
+            text += part
+            continue
+        determiner, said = part
+        *adjectives, noun = [word for word in said[:2] if word] + [said[2] or "shape"]
+        if determiner in ("two", "three", "four"):
+            noun += "es" if noun == "cross" else "s"
+        words = " ".join([determiner, *adjectives, noun]).replace("a orange", "an orange")
+        phrases.append(Phrase(words, len(text), len(text) + len(words), [o.box for o in objects if o.fits(said)]))
+        text += words
+    return text, phrases
+
+def describe(objects, rng):
+    """Five true captions: a full list, a relation, an ambiguous relation, a count, and another list or relation."""
+    def pick(*options):
+        return options[rng.integers(len(options))]
+
+    def shuffled():
+        return [objects[i] for i in rng.permutation(len(objects))]
+
+    def listing(some, keys):  # "a red circle , two stars and ..."
+        *first, last = [(NUMBERS[n], said) for said, n in Counter(o.say(keys) for o in some).items()]
+        return [part for phrase in first for part in (phrase, ",")][:-1] + ["and"] * bool(first) + [last]
+
+    def related(keys_a, keys_b, third=0.0):  # "a red circle is left of a blue square"
+        a, b, *others = shuffled()
+        dx, dy = b.x - a.x, b.y - a.y
+        true = [r for r, d in (("left", dx), ("right", -dx), ("above", dy), ("below", -dy)) if d > .15]  # never empty
+        true += ["near"] if math.hypot(dx, dy) < .4 else []
+        opener, determiner, verb = pick(("", "a", "is"), ("there is", "a", ""), ("a picture of", "a", ""), ("", "some", "is"))
+        parts = [opener, (determiner, a.say(keys_a)), verb, pick(*RELATIONS[pick(*true)]),
+                 ("another" if a.say(keys_a) == b.say(keys_b) else "a", b.say(keys_b))]
+        return parts + ([pick(", with", "and"), ("a", others[0].say(PLAIN))] if others and rng.random() < third else [])
+
+    def counted():  # objects that share a word, or else all of them: "two squares , a red square and a blue square"
+        shared = [o.say((key,)) for o in objects for key in FULL if sum(p.fits(o.say((key,))) for p in objects) > 1]
+        said = pick(*shared) if shared else (None, None, None)
+        rest = [o for o in objects if not o.fits(said)]
+        parts = [(NUMBERS[len(objects) - len(rest)], said), pick(":", ","),
+                 *listing([o for o in shuffled() if o.fits(said)], PLAIN)]
+        return parts + ([pick(", with", ", and", ", along with"), *listing(rest, PLAIN)] if rest else [])
+
+    vague, clear = pick((0,), (1,), (2,), (0, 1)), pick((1,), (0, 2), PLAIN)
+    last = [pick("a picture of", "an image with", "we see"), *listing(shuffled(), PLAIN)]
+    return zip(*(compose(objects, parts) for parts in (
+        [pick("", "here are", "a scene with"), *listing(shuffled(), FULL)],
+        related(pick(PLAIN, FULL), pick(PLAIN, FULL), third=.6),
+        related(*pick((vague, clear), (clear, vague))),
+        counted(),
+        last if rng.random() < .6 else related(FULL, FULL))))
+
+def draw(objects, size, rng):
+    """-> uint8 (size, size, 3): muted, cluttered ground and the objects, at three times the size and then reduced."""
+    def muted(*shape):  # grey to brown
+        grey, brown = rng.uniform(60, 165, shape), rng.uniform(0, 22, shape)
+        return np.stack([grey + brown, grey, grey - brown], -1).astype(np.uint8)
+
+    s = 3 * size
+    image = Image.fromarray(muted(4, 4)).resize((s, s), Image.Resampling.BICUBIC)
+    canvas = ImageDraw.Draw(image)
+    for colour in map(tuple, muted(rng.integers(10, 20)).tolist()):
+        x, y, w, h = (s * rng.uniform((0, 0, .02, .02), (1, 1, .3, .3))).tolist()
+        kind = rng.integers(3)
+        if kind == 0:
+            canvas.line([x, y, x + 2 * w - .3 * s, y + 2 * h - .3 * s], colour, int(s * rng.uniform(.01, .03)) + 1)
+        elif kind == 1:
+            canvas.ellipse([x, y, x + w, y + h], colour)
+        else:
+            canvas.polygon([(x, y), (x + w, y + .3 * h), (x + .4 * w, y + h)], colour)
+    for o in objects:
+        colour = np.clip(COLOURS[o.words[1]] + rng.integers(-12, 13, 3), 0, 255)
+        canvas.polygon([(s * x, s * y) for x, y in o.outline], tuple(colour.tolist()))
+    pixels = np.asarray(image.reduce(3)) + rng.normal(0, 6, (size, size, 1))
+    return np.clip(pixels, 0, 255).astype(np.uint8)
+
+class Scene:
+    """One scene: objects, five captions and their phrases; the pixels are drawn when first asked for and kept."""
+
+    def __init__(self, key):
+        self.rng, self.pixels = np.random.default_rng(key), None
+        self.objects = place_objects(self.rng)
+        self.captions, self.phrases = map(list, describe(self.objects, self.rng))
+
+    def image(self, size):
+        if self.pixels is None:
+            self.pixels = draw(self.objects, size, self.rng)
+        return Image.fromarray(self.pixels)
+
+class ShapesSplit(Split):
+    """Scenes drawn from (seed, part, index): no files. Boxes are fractions of the image."""
+
+    def __init__(self, name, image_names, scenes, size):
+        super().__init__(name, image_names, [scene.captions for scene in scenes])
+        self.scenes, self.size = scenes, size
+
+    def subset(self, indices):
+        return ShapesSplit(self.name, self.image_names[indices], self.scenes[indices], self.size)
+
+    def load_image(self, i, size=None):
+        """-> PIL RGB image of the data set's own size, whatever `size`."""
+        return self.scenes[i].image(self.size)
+
+    def phrases(self, i):
+        """The list of Phrase of each caption of image i."""
+        return self.scenes[i].phrases
+
+    def objects(self, i):
+        return [o.box for o in self.scenes[i].objects]
+
+def shapes_split(block, part, where):
+    size, seed = block.get("size", 64), block.get("seed", 0)
+    scenes = block.get("scenes", {"train": 4000, "val": 1000, "test": 1000})
+    require(block["kind"] == "shapes", f"{where}.kind is {block['kind']!r}; valid: shapes (leave it out for files)")
+    require(type(size) is int and 16 <= size <= 1024, f"{where}.size must be a whole number from 16 to 1024")
+    require(type(seed) is int and seed >= 0, f"{where}.seed must be a whole number >= 0")
+    require(isinstance(scenes, dict) and type(scenes.get(part)) is int and scenes[part] >= 1,
+            f"{where}.scenes must map {part} to a whole number >= 1")
+    names = [f"{part}_{i:05d}" for i in range(scenes[part])]
+    return ShapesSplit("shapes", names, [Scene([seed, PARTS.index(part), i]) for i in range(scenes[part])], size)

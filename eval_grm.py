@@ -1,0 +1,240 @@
+"""Evaluate a checkpoint: every image and caption encoded once, recalls both ways, for each level and their sum.
+
+    python eval_grm.py --ckpt best.pt --split coco5k
+"""
+import argparse
+import json
+import os
+import pickle
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import data
+import modules
+
+RECALLS = (1, 5, 10)
+
+
+class CheckpointError(Exception):
+    """A checkpoint that cannot be read; the message is one line that says what to do."""
+
+
+# ------------------------------------------------------------------------------------------------------------ the figures
+
+def recall_at_k(similarity: Tensor, image_of_text: Tensor) -> dict[str, float]:
+    """Retrieval figures of a similarity matrix (I, T), with image_of_text (T,) the image that each caption describes.
+
+    i2t_r1, i2t_r5, i2t_r10, t2i_r1, t2i_r5, t2i_r10 and their sum `rsum` in per cent; i2t_medr, t2i_medr median ranks
+    (1 is best). An image counts by its best caption. A tie counts against the model. Images without a caption are
+    distractors only. ValueError for a NaN or for shapes that do not fit.
+    """
+    similarity, image_of_text = torch.as_tensor(similarity), torch.as_tensor(image_of_text)
+    images, texts = similarity.shape
+    if image_of_text.shape != (texts,) or texts == 0:
+        raise ValueError(f"image_of_text has shape {tuple(image_of_text.shape)}, the similarity {texts} captions")
+    if image_of_text.min() < 0 or image_of_text.max() >= images:
+        raise ValueError(f"image_of_text names images outside 0..{images - 1}")
+    # a rank is 1 + the number of wrong candidates that score at least as much as the right one: counting, not sorting
+    own = similarity[image_of_text, torch.arange(texts, device=similarity.device)]               # (T,)
+    best = similarity.new_full((images,), -torch.inf).scatter_reduce(0, image_of_text, own, "amax")
+    own_above = torch.zeros(images, dtype=torch.long).index_add(0, image_of_text, (own >= best[image_of_text]).long())
+    i2t, t2i = torch.empty(images, dtype=torch.long), torch.ones(texts, dtype=torch.long)
+    for start in range(0, images, 256):                                                          # bounded memory
+        rows = similarity[start:start + 256]
+        if rows.isnan().any():
+            raise ValueError(f"the similarity has a NaN among images {start}..{start + len(rows) - 1}")
+        i2t[start:start + 256] = 1 + (rows >= best[start:start + 256, None]).sum(1)
+        t2i += (rows >= own).sum(0)
+    i2t, t2i = i2t - own_above, t2i - 1                             # what is right does not count against itself
+    i2t = i2t[torch.bincount(image_of_text, minlength=images) > 0]
+    figures = {f"{way}_r{k}": 100 * (ranks <= k).double().mean().item()
+               for way, ranks in (("i2t", i2t), ("t2i", t2i)) for k in RECALLS}
+    figures["rsum"] = sum(figures.values())
+    figures |= {"i2t_medr": float(np.median(i2t)), "t2i_medr": float(np.median(t2i))}
+    return figures
+
+
+def figures_table(results: dict[str, dict[str, float]]) -> str:
+    """The figures of each level as text, a row a level."""
+    columns = [f"{way}_{key}" for way in ("i2t", "t2i") for key in ("r1", "r5", "r10", "medr")] + ["rsum"]
+    heads = ["R@1", "R@5", "R@10", "MedR"] * 2 + ["rSum"]
+    lines = [f"{'':10}{'image to text':^32}{'text to image':^32}", f"{'level':10}" + "".join(f"{h:>8}" for h in heads)]
+    lines += [f"{level:10}" + "".join(f"{row[c]:8.1f}" for c in columns) for level, row in results.items()]
+    return "\n".join(lines)
+
+
+# --------------------------------------------------------------------------------------------- from a split to its figures
+
+@torch.no_grad()
+def encode(model, split, tokenizer, config: dict, device, batch_size: int, progress: bool = True):
+    """Every image and every caption once.
+
+    -> images: list of (indices, ImageFeatures), texts: list of (indices, TextFeatures), in chunks of batch_size on the
+    CPU; captions are sorted by length so that chunks hold little padding.
+    """
+    model.eval()
+    autocast = amp_context(config, device)
+    transform = data.image_transform(config["image"]["size"], *modules.image_statistics(config["image"]["name"]), train=False)
+    loader = DataLoader(data.EvalImages(split, transform), batch_size, num_workers=config["data"]["workers"],
+                        pin_memory=device.type == "cuda")
+    images, texts, start = [], [], 0
+    for batch in tqdm(loader, desc=f"{split.name}: images", disable=not progress, leave=False):
+        with autocast:
+            features = model.encode_image(batch.to(device, non_blocking=True))
+        kept = (features.tokens.cpu(), features.mask.cpu(), features.regions.cpu())
+        images.append((torch.arange(start, start + len(batch)), modules.ImageFeatures(*kept)))
+        start += len(batch)
+    ids = data.tokenize(tokenizer, split.texts, config["text"]["max_length"])
+    batches = list(data.text_batches(ids, 4 * batch_size, tokenizer.pad_token_id))
+    for indices, tokens, valid in tqdm(batches, desc=f"{split.name}: captions", disable=not progress, leave=False):
+        with autocast:
+            features = model.encode_text(tokens.to(device), valid.to(device))
+        texts.append((torch.as_tensor(indices), modules.TextFeatures(*(x.cpu() for x in features))))
+    return images, texts
+
+
+@torch.no_grad()
+def similarity_matrices(model, images, texts, device, progress: bool = True) -> dict[str, Tensor]:
+    """{level: (I, T) float32 on the CPU} from the chunks that `encode` gives, tile by tile."""
+    shape = sum(len(i) for i, _ in images), sum(len(t) for t, _ in texts)
+    result = {}
+    with tqdm(total=shape[0] * shape[1], desc="similarity", unit="pairs", unit_scale=True, disable=not progress,
+              leave=False) as bar:
+        for text_indices, text in texts:
+            text = modules.TextFeatures(*(x.to(device) for x in text))
+            for image_indices, image in images:
+                image = modules.ImageFeatures(*(x.to(device) for x in image if x is not None))
+                for name, tile in model.similarity(image, text).items():
+                    matrix = result.setdefault(name, torch.empty(shape))
+                    matrix[image_indices[0]:image_indices[-1] + 1, text_indices] = tile.float().cpu()
+                bar.update(len(image_indices) * len(text_indices))
+    return result
+
+
+def evaluate(model, split, tokenizer, config: dict, device, batch_size: int = 128, folds=(1,), progress: bool = True):
+    """{level: figures} of a split for each number of folds asked for; one encoding and one similarity serve them all.
+
+    With f folds, the images are cut into f consecutive groups that are scored alone, and the figures are the mean.
+    """
+    images, texts = encode(model, split, tokenizer, config, device, batch_size, progress)
+    matrices = similarity_matrices(model, images, texts, device, progress)
+    image_of_text = torch.as_tensor(split.image_of_text)
+    results = []
+    for f in folds:
+        groups = [(image_of_text.ge(len(split) * n // f) & image_of_text.lt(len(split) * (n + 1) // f), len(split) * n // f,
+                   len(split) * (n + 1) // f) for n in range(f)]
+        results.append({})
+        for level, matrix in matrices.items():
+            rows = [recall_at_k(matrix[a:b] if f == 1 else matrix[a:b, texts_in], image_of_text[texts_in] - a)
+                    for texts_in, a, b in groups]
+            results[-1][level] = {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
+    return results
+
+
+def amp_context(config: dict, device):
+    """Autocast as `train.amp` says: bf16 where the card has it, else fp16; nothing on the CPU."""
+    dtype = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float16
+    return torch.autocast(device.type, dtype, enabled=config["train"]["amp"] and device.type == "cuda")
+
+
+# ------------------------------------------------------------------------------------------------------------ checkpoints
+
+def load_checkpoint(path: str | Path) -> dict:
+    """The dictionary that train_grm.py saved; nothing in the file can execute (weights_only=True)."""
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"no such checkpoint: '{path}'; training writes runs/<backbone>-<data>/best.pt")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, ValueError, KeyError, OSError) as error:
+        raise CheckpointError(f"'{path}' is not a GRM checkpoint or is damaged ({str(error).splitlines()[0][:100]})") from None
+    if not isinstance(checkpoint, dict) or not {"model", "config", "tokenizer", "text_config"} <= checkpoint.keys():
+        raise CheckpointError(f"'{path}' is not a GRM checkpoint: it was not written by train_grm.py")
+    return checkpoint
+
+
+def model_from_checkpoint(checkpoint: dict):
+    """-> GRM in evaluation mode, its tokeniser. Needs neither hub nor pretrained weights."""
+    tokenizer = data.tokenizer_from_state(checkpoint["tokenizer"])
+    model = modules.build_grm(checkpoint["config"], len(tokenizer), tokenizer.pad_token_id, checkpoint["text_config"],
+                              pretrained=False)
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except RuntimeError as error:
+        raise CheckpointError(f"the checkpoint's weights do not fit its configuration: {str(error).splitlines()[1].strip()}") from None
+    return model.eval(), tokenizer
+
+
+def find_checkpoint(name: str) -> Path:
+    """A path as it is; a bare file name that is not here means that file of the newest run below runs/."""
+    path = Path(name)
+    if path.exists() or len(path.parts) > 1:
+        return path
+    runs = sorted(Path("runs").glob(f"*/{name}"), key=os.path.getmtime)
+    return runs[-1] if runs else path
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ckpt", required=True, metavar="FILE",
+                        help="checkpoint; a bare name that is not in this folder is looked up in the newest run below runs/")
+    parser.add_argument("--split", metavar="NAME", help="coco5k, coco1k, coco_val, f30k, f30k_val, f8k, f8k_val, shapes, "
+                        "shapes_val, one of your own data set, or part of one, as f8k_val[500:] (default: the run's test split)")
+    parser.add_argument("--config", metavar="FILE", help="take the data sets from this file instead of the checkpoint")
+    parser.add_argument("--data-root", metavar="DIR", help="folder that holds the data sets (default: the checkpoint's)")
+    parser.add_argument("--batch-size", type=int, default=128, metavar="N", help="images encoded at a time (default 128)")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N images and their captions")
+    parser.add_argument("--out", metavar="DIR", help="write DIR/metrics.json")
+    args = parser.parse_args()
+    for flag in ("batch_size", "limit"):
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
+            parser.error(f"--{flag.replace('_', '-')} must be at least 1")
+    try:
+        run(args)
+    except (CheckpointError, data.DataError, modules.ModelError, yaml.YAMLError) as error:
+        sys.exit(f"error: {last_line(error)}")
+
+
+def last_line(error: BaseException) -> str:
+    """The message itself, also where a data-loading process has wrapped it in its own traceback."""
+    return str(error).strip().splitlines()[-1].removeprefix("data.DataError: ")
+
+
+def run(args):
+    path = find_checkpoint(args.ckpt)
+    if str(path) != args.ckpt:
+        print(f"checkpoint: {path}")
+    checkpoint = load_checkpoint(path)
+    config = checkpoint["config"]
+    datasets = yaml.safe_load(Path(args.config).read_text())["datasets"] if args.config else config["datasets"]
+    names = data.split_names(datasets)
+    wanted = args.split or next(name for name, (owner, part, _) in names.items()
+                                if (owner, part) == (config["data"]["name"], "test"))
+    split = data.load_split(wanted, datasets, args.data_root or config["data"]["root"])
+    if args.limit:
+        split = split.subset(slice(args.limit))
+    folds = names[wanted.split("[")[0]][2]
+    if folds > len(split):
+        raise data.DataError(f"split {wanted} is the mean of {folds} folds, which takes at least {folds} images")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, tokenizer = model_from_checkpoint(checkpoint)
+    results, = evaluate(model.to(device), split, tokenizer, config, device, args.batch_size, [folds])
+    print(f"{split.name}: {len(split):,} images, {len(split.texts):,} captions" + (f", mean of {folds} folds" * (folds > 1)))
+    print(figures_table(results))
+    if args.out:
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+        report = {"checkpoint": str(path), "split": wanted, "images": len(split), "captions": len(split.texts),
+                  "folds": folds, "step": checkpoint.get("step"), "levels": results}
+        (Path(args.out) / "metrics.json").write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
