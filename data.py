@@ -10,13 +10,13 @@ import os
 import posixpath
 import re
 import sys
-import urllib.error
-import urllib.request
 import warnings
 import zlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import numpy as np
 import torch
@@ -43,15 +43,11 @@ def brief(error):
     """The first 150 characters of an exception's text, on one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:150]
 
-# ---------------------------------------------------------------------------------------------------------------------
-# splits
+# ---- splits ----------------------------------------------------------------------------------------------------------
 
 class Split:
     """A named list of images, each with one or more captions.
-
-    texts: every caption, image by image, T in all; image_of_text: int64 (T,), the image of each.
-    """
-
+    texts: every caption, image by image, T in all; image_of_text: int64 (T,), the image of each."""
     def __init__(self, name, image_names, captions):
         self.name, self.image_names, self.captions = name, image_names, captions
         self.texts = [text for texts in captions for text in texts]
@@ -62,7 +58,6 @@ class Split:
 
 class FileSplit(Split):
     """Images on disk, each at folder/name."""
-
     def __init__(self, name, image_names, captions, folder):
         super().__init__(name, image_names, captions)
         self.folder = folder
@@ -74,8 +69,10 @@ class FileSplit(Split):
         """-> PIL RGB image, upright. Given `size`, a large JPEG is decoded at 1/2, 1/4 or 1/8, both sides >= 2 size."""
         path = self.folder / self.image_names[i]
         try:
-            with warnings.catch_warnings(), Image.open(path) as image:
+            with warnings.catch_warnings():
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
+                image = Image.open(path)
+            with image:
                 if size is not None:
                     image.draft("RGB", (2 * size, 2 * size))  # twice: room for crops and for a clean resize
                 ImageOps.exif_transpose(image, in_place=True)
@@ -112,19 +109,14 @@ def split_names(datasets):
 
 def load_split(name, datasets, root, check_images=True):
     """The split `name`, which may carry a slice over its images: f8k, f8k_val[:500], f8k_val[500:].
-
     datasets: the `datasets` block of configs.yaml; root: the folder that its paths start from (--data-root).
-    check_images=False skips the check that every image file is there, for work on captions alone.
-    """
+    check_images=False skips the check that every image file is there, for work on captions alone."""
     base, first, last = re.fullmatch(r"(.*?)(?:\[(\d*):(\d*)\])?", name, re.DOTALL).groups()
     names = split_names(datasets)
     require(base in names, f"unknown split {name!r}; valid: {', '.join(names)} (each may carry a slice such as [:500])")
     dataset, part, _ = names[base]
     block, where = datasets[dataset], f"configs: datasets.{dataset}"
-    if "kind" in block:
-        whole = shapes_split(block, part, where)
-    else:
-        whole = file_split(dataset, block, part, Path(root), where)
+    whole = shapes_split(block, part, where) if "kind" in block else file_split(dataset, block, part, Path(root), where)
     split = whole.subset(slice(int(first) if first else None, int(last) if last else None))
     split.name = name
     require(len(split), f"{name}: the slice is empty: {base} has {len(whole)} images")
@@ -134,8 +126,7 @@ def load_split(name, datasets, root, check_images=True):
                 f"{', '.join(map(repr, missing[:3]))}: put them there, or change {where}.images or --data-root")
     return split
 
-# ---------------------------------------------------------------------------------------------------------------------
-# caption files: each reader returns [(label for messages, (folder, file name), captions)], checked by file_split
+# ---- caption files: each reader returns [(label for messages, (folder, file name), captions)], checked by file_split -
 
 def file_split(dataset, block, part, root, where):
     """Reads one part of a data set on disk; the layout of its JSON is told by its content."""
@@ -153,15 +144,18 @@ def file_split(dataset, block, part, root, where):
     path, folder = of_part("annotations"), of_part("images")
     one_file = not isinstance(block["annotations"], dict)
     file, content = read_json(path, folder, dataset)
-    karpathy = isinstance(content, dict) and isinstance(content.get("images"), list) and "annotations" not in content
-    require(karpathy or not one_file or not known_layout(content), f"{file}: this layout has no splits inside: give one "
-            f"file per part in {where}.annotations, such as {{train: a.json, val: b.json, test: c.json}}")
-    if karpathy:
-        entries = read_karpathy(file, content, wanted.get(part, [part]), one_file)
+    if isinstance(content, list) and (not content or isinstance(content[0], dict) and "image" in content[0]):
+        entries = read_list(file, content)
+    elif isinstance(content, dict) and isinstance(content.get("images"), list):
+        if "annotations" in content:
+            entries = read_coco(file, content)
+        else:
+            entries, one_file = read_karpathy(file, content, wanted.get(part, [part]), one_file), False
     else:
-        require(known_layout(content), f"{file}: unknown layout; known: Karpathy {{'images': [{{'filename', 'split', "
-                "'sentences'}]}, a list [{'image', 'caption'}], COCO {'images', 'annotations'}")
-        entries = read_list(file, content) if isinstance(content, list) else read_coco(file, content)
+        raise DataError(f"{file}: unknown layout; known: Karpathy {{'images': [{{'filename', 'split', 'sentences'}}]}}, "
+                        "a list [{'image', 'caption'}], COCO {'images', 'annotations'}")
+    require(not one_file, f"{file}: this layout has no splits inside: give one file per part in {where}.annotations, "
+            "such as {train: a.json, val: b.json, test: c.json}")
     require(entries, f"{file}: holds no images: give a file with at least one")
     names, captions = [], []
     for label, steps, texts in entries:
@@ -173,12 +167,6 @@ def file_split(dataset, block, part, root, where):
         require(captions[-1], f"{label} has no caption: add one or remove the entry")
         names.append(posixpath.join(*steps))
     return FileSplit(dataset, names, captions, folder)
-
-def known_layout(content):
-    """Whether the content looks like the list layout or like COCO's."""
-    if isinstance(content, list):
-        return not content or isinstance(content[0], dict) and "image" in content[0]
-    return isinstance(content, dict) and isinstance(content.get("images"), list) and "annotations" in content
 
 def read_json(path, folder, dataset):
     """-> (the file that was read: path, or path.gz where only that exists; its content)."""
@@ -220,17 +208,16 @@ def read_karpathy(file, content, wanted, need_split):
     """{"images": [{filepath?, filename, split, sentences: [{raw}]}]}, the entries of the wanted splits."""
     entries, seen = [], Counter()
     for label, entry in labelled(file, content["images"], "filename"):
-        if need_split or "split" in entry:
-            split = typed(entry.get("split"), str, f"{label}: 'split'")
-            seen[split] += 1
-            if split not in wanted:
-                continue
+        split = typed(entry.get("split"), str, f"{label}: 'split'") if need_split or "split" in entry else wanted[0]
+        seen[split] += 1
+        if split not in wanted:
+            continue
         steps = (typed(entry.get("filepath", "images"), str, f"{label}: 'filepath'"),
                  typed(entry.get("filename"), str, f"{label}: 'filename'"))
         sentences = typed(entry.get("sentences"), list, f"{label}: 'sentences'")
         entries.append((label, steps, [typed(s, dict, f"{label}: sentence {k}").get("raw") for k, s in enumerate(sentences)]))
     found = ", ".join(f"{split!r:.80} ({n})" for split, n in seen.most_common(8))
-    require(entries or not seen, f"{file}: no image of split {' or '.join(map(repr, wanted))}; the file has {found}: "
+    require(entries, f"{file}: no image of split {' or '.join(map(repr, wanted))}; the file has {found or 'none'}: "
             "use one of these, or set `parts` of the data set in the configuration")
     return entries
 
@@ -256,27 +243,21 @@ def read_coco(file, content):
         entries[key][2].append(typed(entry.get("caption"), str, f"{label}: 'caption'"))
     return list(entries.values())
 
-# ---------------------------------------------------------------------------------------------------------------------
-# tokens
+# ---- tokens ----------------------------------------------------------------------------------------------------------
 
 def hub_reachable(seconds=5):
     """Whether the hub answers at all. Without a network, its own client retries for 46 s before it gives up."""
-    if hub.HF_HUB_OFFLINE:
-        return False
     try:
-        urllib.request.urlopen(urllib.request.Request(hub.ENDPOINT, method="HEAD"), timeout=seconds).close()
-    except urllib.error.HTTPError:
-        pass  # an answer
-    except (OSError, ValueError):
-        return False
-    return True
+        if not hub.HF_HUB_OFFLINE:
+            urlopen(Request(hub.ENDPOINT, method="HEAD"), timeout=seconds).close()
+        return not hub.HF_HUB_OFFLINE
+    except (OSError, ValueError) as error:
+        return isinstance(error, HTTPError)  # an answer too
 
 def load_tokenizer(name, captions=None):
     """The tokenizer `name`: a local folder, or a name in the hub's cache or on the hub.
-
     captions: give them where a vocabulary of one's own will do (a text encoder from scratch); it is built from them
-    when name is None or cannot be loaded.
-    """
+    when name is None or cannot be loaded."""
     if name is None:
         require(captions, "no tokenizer: set text.name, or give captions to build a vocabulary from")
         return build_tokenizer(captions)
@@ -330,11 +311,9 @@ def tokenize(tok, texts, max_length):
     return [np.array(i, dtype=np.int32) for i in ids]
 
 def mirror_words(text):
-    """Swaps "left" and "right", keeping their case: what the caption says of its image's mirror image."""
-    def swap(match):
-        word = "right" if match[0].lower() == "left" else "left"
-        return word.upper() if match[0].isupper() else word.title() if match[0][0].isupper() else word
-    return re.sub(r"\b(left|right)\b", swap, text, flags=re.IGNORECASE)
+    """Swaps "left" and "right": what the caption says of its image's mirror image."""
+    other = {"left": "right", "Left": "Right", "LEFT": "RIGHT", "right": "left", "Right": "Left", "RIGHT": "LEFT"}
+    return re.sub(rf"\b({'|'.join(other)})\b", lambda match: other[match[0]], text)
 
 def mirror_tokens(tok, texts, max_length):
     """{text index: ids of the mirrored caption}, for the captions that change (0.7% of Flickr30K's)."""
@@ -343,9 +322,7 @@ def mirror_tokens(tok, texts, max_length):
 
 def augment_tokens(ids, rng, drop, mask, mask_id):
     """Drops a token with probability `drop`, replaces it by mask_id with probability `mask` (mask_id None: never).
-
-    ids: (M,); the first and the last are special and stay; at least one inner token stays.
-    """
+    ids: (M,); the first and the last are special and stay; at least one inner token stays."""
     inner = ids[1:-1].copy()
     if not len(inner):
         return ids
@@ -372,15 +349,12 @@ def text_batches(token_ids, batch_size, pad_id):
         indices = order[start:start + batch_size]
         yield torch.from_numpy(indices), *pad([token_ids[i] for i in indices], pad_id)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# items and batches
+# ---- items and batches -----------------------------------------------------------------------------------------------
 
 def image_transform(size, mean, std, train, crop=(0.6, 1.0)):
     """PIL image -> (3, size, size) float32, normalised.
-
     Training crops a random share `crop` of the area; (1, 1) is no crop. Evaluation squashes the whole image into the
-    square, as LAPS and VSE do: nothing that a caption mentions is cut off.
-    """
+    square, as LAPS and VSE do: nothing that a caption mentions is cut off."""
     resize = T.Resize((size, size), T.InterpolationMode.BICUBIC)
     if train and tuple(crop) != (1, 1):
         resize = T.RandomResizedCrop(size, scale=tuple(crop), interpolation=T.InterpolationMode.BICUBIC)
@@ -390,11 +364,8 @@ def image_transform(size, mean, std, train, crop=(0.6, 1.0)):
 
 class PairSampler:
     """Batches of (image, text, item seed) of one epoch; the same whatever the number of workers, so that runs resume.
-
     mode "captions": every caption once an epoch; "images": every image once, with a random caption of it.
-    The caller sets `epoch`, and `start`: how many of the epoch's batches to skip (back to 0 for the next epoch).
-    """
-
+    The caller sets `epoch`, and `start`: how many of the epoch's batches to skip (back to 0 for the next epoch)."""
     def __init__(self, split, batch_size, epoch_mode, seed, drop_last=True):
         require(epoch_mode in ("captions", "images"), f"unknown data.epoch {epoch_mode!r}; valid: captions, images")
         self.image_of_text, self.images, self.batch_size = split.image_of_text, len(split), batch_size
@@ -419,19 +390,13 @@ class PairSampler:
 
 class TrainPairs(torch.utils.data.Dataset):
     """(image, text, item seed) -> (image (3, H, W) float32, ids (M,) int64, image); all randomness is the item seed's.
-
     flip: probability of mirroring the image; its caption then has left and right swapped, which `mirrored` =
-    mirror_tokens(...) holds ready.
-    """
-
+    mirror_tokens(...) holds ready."""
     def __init__(self, split, token_ids, transform, mask_id, word_drop, word_mask, flip=0.0, mirrored=None):
         if flip and mirrored is None:
             raise ValueError("flip needs mirrored=mirror_tokens(tok, split.texts, max_length)")
         self.split, self.token_ids, self.transform, self.mirrored = split, token_ids, transform, mirrored
         self.mask_id, self.word_drop, self.word_mask, self.flip = mask_id, word_drop, word_mask, flip
-
-    def __len__(self):
-        return len(self.token_ids)
 
     def __getitem__(self, item):
         image, text, seed = item
@@ -445,11 +410,10 @@ class TrainPairs(torch.utils.data.Dataset):
             pixels = self.transform(pixels)
         return pixels, torch.from_numpy(ids.astype(np.int64)), image
 
+@dataclass
 class Collate:
     """Items of TrainPairs -> {"images" (B,3,H,W), "ids" (B,M) int64, "valid" (B,M) bool, "image_ids" (B,) int64}."""
-
-    def __init__(self, pad_id):
-        self.pad_id = pad_id
+    pad_id: int
 
     def __call__(self, items):
         images, token_ids, image_ids = zip(*items)
@@ -458,7 +422,6 @@ class Collate:
 
 class EvalImages(torch.utils.data.Dataset):
     """i -> image (3, H, W) float32."""
-
     def __init__(self, split, transform):
         self.split, self.transform = split, transform
 
@@ -468,8 +431,7 @@ class EvalImages(torch.utils.data.Dataset):
     def __getitem__(self, i):
         return self.transform(self.split.load_image(i, self.transform.size))
 
-# ---------------------------------------------------------------------------------------------------------------------
-# shapes: scenes of 2 to 4 coloured shapes on cluttered ground, drawn from a seed
+# ---- shapes: scenes of 2 to 4 coloured shapes on cluttered ground, drawn from a seed ---------------------------------
 
 COLOURS = {"red": (220, 30, 35), "orange": (250, 140, 10), "yellow": (245, 225, 40), "green": (30, 165, 55),
            "cyan": (40, 215, 225), "blue": (35, 60, 225), "purple": (145, 40, 195), "pink": (255, 115, 185)}
@@ -506,20 +468,15 @@ class Phrase:
 
 @dataclass
 class Object:
-    """One shape of a scene: its size, colour and shape in words, its centre and radius as fractions of the image."""
+    """One shape of a scene: its size, colour and shape in words, its centre and outline in fractions of the image."""
     words: tuple[str, str, str]
     x: float
     y: float
-    radius: float
-
-    @property
-    def outline(self):
-        return [(self.x + self.radius * x, self.y + self.radius * y) for x, y in OUTLINES[self.words[2]]]
+    outline: list[tuple[float, float]]
 
     @property
     def box(self):
-        xs, ys = zip(*self.outline)
-        return min(xs), min(ys), max(xs), max(ys)
+        return tuple(extreme(axis) for extreme in (min, max) for axis in zip(*self.outline))
 
     def say(self, keys):
         """The words that a phrase says of the object, None for those that it leaves open."""
@@ -530,19 +487,20 @@ class Object:
 
 def place_objects(rng):
     """2 to 4 objects whose boxes do not touch. They often share a colour or a shape, so that phrases are ambiguous."""
-    count, objects = rng.choice([2, 3, 4], p=[.2, .4, .4]), []
+    count, objects, radii = rng.choice([2, 3, 4], p=[.2, .4, .4]), [], []
     while len(objects) < count:
         size, colour, shape = (list(words)[rng.integers(len(words))] for words in (SIZES, COLOURS, OUTLINES))
         if objects and rng.random() < .5:
             other = objects[rng.integers(len(objects))].words
             colour, shape = (other[1], shape) if rng.random() < .5 else (colour, other[2])
-        radius = rng.uniform(*SIZES[size])
-        for x, y in rng.uniform(radius + .01, .99 - radius, (20, 2)).tolist():
-            if all(max(abs(x - o.x), abs(y - o.y)) > radius + o.radius + .02 for o in objects):
-                objects.append(Object((size, colour, shape), x, y, radius))
+        r = rng.uniform(*SIZES[size])
+        for x, y in rng.uniform(r + .01, .99 - r, (20, 2)).tolist():
+            if all(max(abs(x - o.x), abs(y - o.y)) > r + s + .02 for o, s in zip(objects, radii)):
+                objects.append(Object((size, colour, shape), x, y, [(x + r * u, y + r * v) for u, v in OUTLINES[shape]]))
+                radii.append(r)
                 break
         else:
-            objects = []  # too crowded: start again
+            objects, radii = [], []  # too crowded: start again
     return objects
 
 def compose(objects, parts):
@@ -550,15 +508,13 @@ def compose(objects, parts):
     text, phrases = "", []
     for part in filter(None, parts):
         text += " " if text else ""
-        if isinstance(part, str):
-            text += part
-            continue
-        determiner, said = part
-        *adjectives, noun = [word for word in said[:2] if word] + [said[2] or "shape"]
-        if determiner in ("two", "three", "four"):
-            noun += "es" if noun == "cross" else "s"
-        words = " ".join([determiner, *adjectives, noun]).replace("a orange", "an orange")
-        phrases.append(Phrase(words, len(text), len(text) + len(words), [o.box for o in objects if o.fits(said)]))
+        words = part
+        if not isinstance(part, str):
+            determiner, said = part
+            plural = ("es" if said[2] == "cross" else "s") if determiner in ("two", "three", "four") else ""
+            words = " ".join(filter(None, (determiner, *said[:2], (said[2] or "shape") + plural)))
+            words = words.replace("a orange", "an orange")
+            phrases.append(Phrase(words, len(text), len(text) + len(words), [o.box for o in objects if o.fits(said)]))
         text += words
     return text, phrases
 
@@ -566,14 +522,11 @@ def describe(objects, rng):
     """Five true captions: a full list, a relation, an ambiguous relation, a count, and another list or relation."""
     def pick(*options):
         return options[rng.integers(len(options))]
-
     def shuffled():
         return [objects[i] for i in rng.permutation(len(objects))]
-
     def listing(some, keys):  # "a red circle , two stars and ..."
         *first, last = [(NUMBERS[n], said) for said, n in Counter(o.say(keys) for o in some).items()]
         return [part for phrase in first for part in (phrase, ",")][:-1] + ["and"] * bool(first) + [last]
-
     def related(keys_a, keys_b, third=0.0):  # "a red circle is left of a blue square"
         a, b, *others = shuffled()
         dx, dy = b.x - a.x, b.y - a.y
@@ -583,7 +536,6 @@ def describe(objects, rng):
         parts = [opener, (determiner, a.say(keys_a)), verb, pick(*RELATIONS[pick(*true)]),
                  ("another" if a.say(keys_a) == b.say(keys_b) else "a", b.say(keys_b))]
         return parts + ([pick(", with", "and"), ("a", others[0].say(PLAIN))] if others and rng.random() < third else [])
-
     def counted():  # objects that share a word, or else all of them: "two squares , a red square and a blue square"
         shared = [o.say((key,)) for o in objects for key in FULL if sum(p.fits(o.say((key,))) for p in objects) > 1]
         said = pick(*shared) if shared else (None, None, None)
@@ -591,7 +543,6 @@ def describe(objects, rng):
         parts = [(NUMBERS[len(objects) - len(rest)], said), pick(":", ","),
                  *listing([o for o in shuffled() if o.fits(said)], PLAIN)]
         return parts + ([pick(", with", ", and", ", along with"), *listing(rest, PLAIN)] if rest else [])
-
     vague, clear = pick((0,), (1,), (2,), (0, 1)), pick((1,), (0, 2), PLAIN)
     last = [pick("a picture of", "an image with", "we see"), *listing(shuffled(), PLAIN)]
     return zip(*(compose(objects, parts) for parts in (
@@ -610,15 +561,9 @@ def draw(objects, size, rng):
     s = 3 * size
     image = Image.fromarray(muted(4, 4)).resize((s, s), Image.Resampling.BICUBIC)
     canvas = ImageDraw.Draw(image)
-    for colour in map(tuple, muted(rng.integers(10, 20)).tolist()):
-        x, y, w, h = (s * rng.uniform((0, 0, .02, .02), (1, 1, .3, .3))).tolist()
-        kind = rng.integers(3)
-        if kind == 0:
-            canvas.line([x, y, x + 2 * w - .3 * s, y + 2 * h - .3 * s], colour, int(s * rng.uniform(.01, .03)) + 1)
-        elif kind == 1:
-            canvas.ellipse([x, y, x + w, y + h], colour)
-        else:
-            canvas.polygon([(x, y), (x + w, y + .3 * h), (x + .4 * w, y + h)], colour)
+    for colour in map(tuple, muted(rng.integers(10, 20)).tolist()):  # slivers and blobs: polygons under a random map
+        points = ngon(rng.integers(3, 12)) @ rng.normal(0, .06 * s, (2, 2)) + rng.uniform(0, s, 2)
+        canvas.polygon(list(map(tuple, points.tolist())), colour)
     for o in objects:
         colour = np.clip(COLOURS[o.words[1]] + rng.integers(-12, 13, 3), 0, 255)
         canvas.polygon([(s * x, s * y) for x, y in o.outline], tuple(colour.tolist()))
@@ -627,30 +572,26 @@ def draw(objects, size, rng):
 
 class Scene:
     """One scene: objects, five captions and their phrases; the pixels are drawn when first asked for and kept."""
-
-    def __init__(self, key):
-        self.rng, self.pixels = np.random.default_rng(key), None
+    def __init__(self, key, size):
+        self.rng, self.size, self.pixels = np.random.default_rng(key), size, None
         self.objects = place_objects(self.rng)
         self.captions, self.phrases = map(list, describe(self.objects, self.rng))
 
-    def image(self, size):
-        if self.pixels is None:
-            self.pixels = draw(self.objects, size, self.rng)
-        return Image.fromarray(self.pixels)
-
 class ShapesSplit(Split):
     """Scenes drawn from (seed, part, index): no files. Boxes are fractions of the image."""
-
-    def __init__(self, name, image_names, scenes, size):
+    def __init__(self, name, image_names, scenes):
         super().__init__(name, image_names, [scene.captions for scene in scenes])
-        self.scenes, self.size = scenes, size
+        self.scenes = scenes
 
     def subset(self, indices):
-        return ShapesSplit(self.name, self.image_names[indices], self.scenes[indices], self.size)
+        return ShapesSplit(self.name, self.image_names[indices], self.scenes[indices])
 
     def load_image(self, i, size=None):
         """-> PIL RGB image of the data set's own size, whatever `size`."""
-        return self.scenes[i].image(self.size)
+        scene = self.scenes[i]
+        if scene.pixels is None:
+            scene.pixels = draw(scene.objects, scene.size, scene.rng)
+        return Image.fromarray(scene.pixels)
 
     def phrases(self, i):
         """The list of Phrase of each caption of image i."""
@@ -668,4 +609,4 @@ def shapes_split(block, part, where):
     require(isinstance(scenes, dict) and type(scenes.get(part)) is int and scenes[part] >= 1,
             f"{where}.scenes must map {part} to a whole number >= 1")
     names = [f"{part}_{i:05d}" for i in range(scenes[part])]
-    return ShapesSplit("shapes", names, [Scene([seed, PARTS.index(part), i]) for i in range(scenes[part])], size)
+    return ShapesSplit("shapes", names, [Scene([seed, PARTS.index(part), i], size) for i in range(scenes[part])])

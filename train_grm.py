@@ -60,7 +60,8 @@ def load_config(path: str, backbone: str, dataset: str | None = None, data_root:
     config = copy.deepcopy(blocks["defaults"])
     merge(config, blocks["datasets"][name].get("config") or {}, f"datasets.{name}.config")
     merge(config, special, f"backbones.{backbone}")
-    config |= {"backbone": backbone, "datasets": blocks["datasets"]}
+    config |= {"backbone": backbone, "datasets": {name: {key: value for key, value in block.items() if key != "config"}
+                                                  for name, block in blocks["datasets"].items()}}
     config["data"]["name"] = name
     if data_root:
         config["data"]["root"] = data_root
@@ -89,7 +90,8 @@ def set_key(config: dict, item: str):
     block = config
     for part in path:
         block = block.get(part) if isinstance(block, dict) else None
-    if not isinstance(block, dict) or (last not in block and not key.startswith(FREE)) or isinstance(block.get(last), dict):
+    settable = isinstance(block, dict) and (key.startswith(FREE) or last in block and not isinstance(block[last], dict))
+    if not settable:
         valid = [f"{s}.{k}" for s in SECTIONS for k in config[s]]
         raise ConfigError(f"unknown key '{key}'; valid: {', '.join(valid)}")
     try:
