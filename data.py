@@ -9,11 +9,11 @@ import math
 import os
 import posixpath
 import re
-import sys
 import warnings
 import zlib
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PureWindowsPath
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
@@ -30,9 +30,7 @@ PARTS = ("train", "val", "test")
 
 class DataError(Exception):
     """Bad input, told in one line."""
-
-    def __str__(self):
-        # a DataLoader worker's error arrives with the worker's traceback before it: the last line is ours
+    def __str__(self):  # a DataLoader worker's error arrives with the worker's traceback before it: the last line is ours
         return super().__str__().strip().rpartition("\n")[2].removeprefix(f"{__name__}.DataError: ")
 
 def require(condition, message):
@@ -40,11 +38,9 @@ def require(condition, message):
         raise DataError(message)
 
 def brief(error):
-    """The first 150 characters of an exception's text, on one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:150]
 
 # ---- splits ----------------------------------------------------------------------------------------------------------
-
 class Split:
     """A named list of images, each with one or more captions.
     texts: every caption, image by image, T in all; image_of_text: int64 (T,), the image of each."""
@@ -52,7 +48,6 @@ class Split:
         self.name, self.image_names, self.captions = name, image_names, captions
         self.texts = [text for texts in captions for text in texts]
         self.image_of_text = np.repeat(np.arange(len(captions)), [len(texts) for texts in captions])
-
     def __len__(self):
         return len(self.image_names)
 
@@ -61,7 +56,6 @@ class FileSplit(Split):
     def __init__(self, name, image_names, captions, folder):
         super().__init__(name, image_names, captions)
         self.folder = folder
-
     def subset(self, indices):
         return FileSplit(self.name, self.image_names[indices], self.captions[indices], self.folder)
 
@@ -79,8 +73,7 @@ class FileSplit(Split):
                 if image.mode.startswith("I;16"):  # convert() would clip 16 bits to white
                     image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
                 if image.has_transparency_data:
-                    image = image.convert("RGBA")
-                    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+                    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
                 return image.convert("RGB")
         except Exception as error:  # Pillow's decoders raise nearly any type on damaged bytes
             raise DataError(f"{path}: image {i} of {self.name} ({self.image_names[i]!r}) does not decode "
@@ -92,17 +85,15 @@ def split_names(datasets):
     for dataset, block in datasets.items():
         where = f"configs: datasets.{dataset}"
         require(isinstance(block, dict), f"{where} must be a map")
-        valid = ("kind", "size", "seed", "scenes") if "kind" in block else ("annotations", "images", "parts")
-        for key in block:
-            require(key in (*valid, "splits"), f"{where} has an unknown key {key!r}; valid: {', '.join(valid)}, splits")
-        splits = block.get("splits", {dataset: {"part": "test"}, f"{dataset}_val": {"part": "val"},
-                                      f"{dataset}_train": {"part": "train"}})
+        valid = {"splits", *(("kind", "size", "seed", "scenes") if "kind" in block else ("annotations", "images", "parts"))}
+        require(set(block) <= valid, f"{where} has unknown keys {set(block) - valid}; valid: {', '.join(sorted(valid))}")
+        default = {dataset: {"part": "test"}, f"{dataset}_val": {"part": "val"}, f"{dataset}_train": {"part": "train"}}
+        splits = block.get("splits", default)
         require(isinstance(splits, dict), f"{where}.splits must be a map from a split's name to {{part: ...}}")
         for name, split in splits.items():
-            require(isinstance(split, dict) and split.get("part") in PARTS and set(split) <= {"part", "folds"},
-                    f"{where}.splits.{name} must be {{part: {'|'.join(PARTS)}}} with an optional folds: N")
-            folds = split.get("folds", 1)
-            require(type(folds) is int and folds >= 1, f"{where}.splits.{name}.folds must be a whole number >= 1")
+            folds = split.get("folds", 1) if isinstance(split, dict) and set(split) <= {"part", "folds"} else None
+            require(type(folds) is int and folds >= 1 and split.get("part") in PARTS,
+                    f"{where}.splits.{name} must be {{part: {'|'.join(PARTS)}}} with an optional folds: N, N >= 1")
             require(name not in names, f"{where}.splits.{name} is already a split of another data set: rename one")
             names[name] = (dataset, split["part"], folds)
     return names
@@ -127,7 +118,6 @@ def load_split(name, datasets, root, check_images=True):
     return split
 
 # ---- caption files: each reader returns [(label for messages, (folder, file name), captions)], checked by file_split -
-
 def file_split(dataset, block, part, root, where):
     """Reads one part of a data set on disk; the layout of its JSON is told by its content."""
     def of_part(key):  # `annotations` and `images` are one path, or one per part
@@ -137,9 +127,8 @@ def file_split(dataset, block, part, root, where):
             value = value[part]
         require(type(value) is str, f"{where}.{key} must be a path, or a map from {', '.join(PARTS)} to a path each")
         return root / value
-
     wanted = block.get("parts", {})
-    require(isinstance(wanted, dict) and all(isinstance(value, list) for value in wanted.values()),
+    require(isinstance(wanted, dict) and all(isinstance(value, list) and value for value in wanted.values()),
             f"{where}.parts must map a part to a list of split names in the file, such as train: [train, restval]")
     path, folder = of_part("annotations"), of_part("images")
     one_file = not isinstance(block["annotations"], dict)
@@ -176,11 +165,9 @@ def read_json(path, folder, dataset):
         data = file.read_bytes()
         return file, json.loads((gzip.decompress(data) if file.suffix == ".gz" else data).decode("utf-8-sig"))
     except FileNotFoundError:
-        what = "the caption file"
-        if path.name.startswith("dataset_"):
-            what = f"Karpathy's split file {path.name!r} (cs.stanford.edu/people/karpathy/deepimagesent)"
-        raise DataError(f"{path}: no such file: {dataset} needs {what} there and its images in {folder}; is --data-root "
-                        "right? `--backbone vit_micro` trains on the built-in scenes without any download") from None
+        source = " (Karpathy's split file: cs.stanford.edu/people/karpathy/deepimagesent)" * path.name.startswith("dataset_")
+        raise DataError(f"{path}: no such file: {dataset} needs {path.name!r}{source} there and its images in {folder}; is "
+                        "--data-root right? `--backbone vit_micro` trains on the built-in scenes without a download") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{file}: not valid UTF-8 at byte {error.start}: save the file as UTF-8") from None
     except (ValueError, RecursionError) as error:
@@ -200,9 +187,8 @@ def typed(value, kind, label):
 def labelled(file, items, name_key, what="entry"):
     """Yields (label, entry): the label names the file, the index and the image's name where the entry has one."""
     for i, entry in enumerate(items):
-        label = f"{file}: {what} {i}"
-        typed(entry, dict, label)
-        yield f"{label} ({entry[name_key]!r:.80})" if name_key in entry else label, entry
+        name = f" ({entry[name_key]!r:.80})" if type(entry) is dict and name_key in entry else ""
+        yield f"{file}: {what} {i}{name}", typed(entry, dict, f"{file}: {what} {i}")
 
 def read_karpathy(file, content, wanted, need_split):
     """{"images": [{filepath?, filename, split, sentences: [{raw}]}]}, the entries of the wanted splits."""
@@ -216,9 +202,8 @@ def read_karpathy(file, content, wanted, need_split):
                  typed(entry.get("filename"), str, f"{label}: 'filename'"))
         sentences = typed(entry.get("sentences"), list, f"{label}: 'sentences'")
         entries.append((label, steps, [typed(s, dict, f"{label}: sentence {k}").get("raw") for k, s in enumerate(sentences)]))
-    found = ", ".join(f"{split!r:.80} ({n})" for split, n in seen.most_common(8))
-    require(entries, f"{file}: no image of split {' or '.join(map(repr, wanted))}; the file has {found or 'none'}: "
-            "use one of these, or set `parts` of the data set in the configuration")
+    found = ", ".join(f"{split!r:.80} ({n})" for split, n in seen.most_common(8)) or "no images"
+    require(entries, f"{file}: no image of split {' or '.join(map(repr, wanted))}; the file has {found}: change `parts`")
     return entries
 
 def read_list(file, content):
@@ -244,13 +229,10 @@ def read_coco(file, content):
     return list(entries.values())
 
 # ---- tokens ----------------------------------------------------------------------------------------------------------
-
 def hub_reachable(seconds=5):
     """Whether the hub answers at all. Without a network, its own client retries for 46 s before it gives up."""
     try:
-        if not hub.HF_HUB_OFFLINE:
-            urlopen(Request(hub.ENDPOINT, method="HEAD"), timeout=seconds).close()
-        return not hub.HF_HUB_OFFLINE
+        return not hub.HF_HUB_OFFLINE and bool(urlopen(Request(hub.ENDPOINT, method="HEAD"), timeout=seconds))
     except (OSError, ValueError) as error:
         return isinstance(error, HTTPError)  # an answer too
 
@@ -258,10 +240,8 @@ def load_tokenizer(name, captions=None):
     """The tokenizer `name`: a local folder, or a name in the hub's cache or on the hub.
     captions: give them where a vocabulary of one's own will do (a text encoder from scratch); it is built from them
     when name is None or cannot be loaded."""
-    if name is None:
-        require(captions, "no tokenizer: set text.name, or give captions to build a vocabulary from")
-        return build_tokenizer(captions)
     try:
+        require(name is not None, "text.name is not set")
         try:
             tok = AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
         except Exception:
@@ -270,11 +250,11 @@ def load_tokenizer(name, captions=None):
             tok = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         require(isinstance(tok, PreTrainedTokenizerFast), "it has no fast tokenizer")
     except Exception as error:  # OSError, ValueError, and the HTTP client's own types
-        if captions:
-            print(f"tokenizer {name!r} cannot be loaded: using a vocabulary built from the captions", file=sys.stderr)
-            return build_tokenizer(captions)
-        raise DataError(f"tokenizer {name!r} is no folder with a tokenizer, not in the hub's cache and not on a hub in "
-                        f"reach ({brief(error)}): give a local folder with --set text.name=DIR") from None
+        require(captions, f"tokenizer {name!r} is no folder with a tokenizer, not in the hub's cache and not on a hub in "
+                f"reach ({brief(error)}): give a local folder with --set text.name=DIR")
+        if name is not None:
+            warnings.warn(f"tokenizer {name!r} cannot be loaded: using a vocabulary built from the captions")
+        return build_tokenizer(captions)
     if tok.pad_token is None:  # padding is masked everywhere, so any token will do
         tok.pad_token = tok.eos_token or tok.unk_token
     return tok
@@ -294,8 +274,7 @@ def build_tokenizer(captions):
 
 def tokenizer_state(tok):
     """A tokenizer as plain strings, for a checkpoint that loads with weights_only=True."""
-    state = json.loads(tok.backend_tokenizer.to_str())
-    state["truncation"] = state["padding"] = None  # settings of the last call, not of the tokenizer
+    state = json.loads(tok.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}  # those are of the last call
     special = {key: str(token) for key, token in tok.special_tokens_map.items() if isinstance(token, str)}
     return {"tokenizer": json.dumps(state), "special": special}
 
@@ -306,9 +285,9 @@ def tokenize(tok, texts, max_length):
     """-> list of int32 (M,), M <= max_length with the special tokens, which truncation keeps."""
     require(max_length >= 3, f"text.max_length is {max_length}: at least 3, for a word between two special tokens")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # said aloud, else every forked worker prints a warning
-    ids = tok(list(texts), truncation=True, max_length=max_length, return_attention_mask=False,
-              return_token_type_ids=False).input_ids
-    return [np.array(i, dtype=np.int32) for i in ids]
+    tok.backend_tokenizer.enable_truncation(max_length)
+    tok.backend_tokenizer.no_padding()
+    return [np.array(e.ids, dtype=np.int32) for e in tok.backend_tokenizer.encode_batch_fast(list(texts))]
 
 def mirror_words(text):
     """Swaps "left" and "right": what the caption says of its image's mirror image."""
@@ -324,20 +303,18 @@ def augment_tokens(ids, rng, drop, mask, mask_id):
     """Drops a token with probability `drop`, replaces it by mask_id with probability `mask` (mask_id None: never).
     ids: (M,); the first and the last are special and stay; at least one inner token stays."""
     inner = ids[1:-1].copy()
-    if not len(inner):
-        return ids
     u = rng.random(len(inner))
     keep = u >= drop
     if mask_id is not None:
         inner[keep & (u < drop + mask)] = mask_id
-    if not keep.any():
+    if len(inner) and not keep.any():
         keep[rng.integers(len(inner))] = True
     return np.concatenate([ids[:1], inner[keep], ids[-1:]])
 
 def pad(token_ids, pad_id):
     """list of (M_i,) -> ids (B, M) int64, valid (B, M) bool."""
-    lengths = torch.tensor([len(ids) for ids in token_ids])
-    valid = torch.arange(int(lengths.max()))[None] < lengths[:, None]
+    lengths = torch.tensor([len(ids) for ids in token_ids])[:, None]
+    valid = torch.arange(int(lengths.max())) < lengths
     ids = torch.full(valid.shape, pad_id)
     ids[valid] = torch.cat([torch.as_tensor(i) for i in token_ids]).long()
     return ids, valid
@@ -345,12 +322,10 @@ def pad(token_ids, pad_id):
 def text_batches(token_ids, batch_size, pad_id):
     """Yields (indices (b,), ids (b, M) int64, valid (b, M) bool), longest first, so that there is little padding."""
     order = np.argsort([-len(ids) for ids in token_ids], kind="stable")
-    for start in range(0, len(order), batch_size):
-        indices = order[start:start + batch_size]
+    for indices in np.split(order, range(batch_size, len(order), batch_size)):
         yield torch.from_numpy(indices), *pad([token_ids[i] for i in indices], pad_id)
 
 # ---- items and batches -----------------------------------------------------------------------------------------------
-
 def image_transform(size, mean, std, train, crop=(0.6, 1.0)):
     """PIL image -> (3, size, size) float32, normalised.
     Training crops a random share `crop` of the area; (1, 1) is no crop. Evaluation squashes the whole image into the
@@ -390,11 +365,8 @@ class PairSampler:
 
 class TrainPairs(torch.utils.data.Dataset):
     """(image, text, item seed) -> (image (3, H, W) float32, ids (M,) int64, image); all randomness is the item seed's.
-    flip: probability of mirroring the image; its caption then has left and right swapped, which `mirrored` =
-    mirror_tokens(...) holds ready."""
+    flip: probability of mirroring the image, and left and right in its caption: `mirrored` is what mirror_tokens gives."""
     def __init__(self, split, token_ids, transform, mask_id, word_drop, word_mask, flip=0.0, mirrored=None):
-        if flip and mirrored is None:
-            raise ValueError("flip needs mirrored=mirror_tokens(tok, split.texts, max_length)")
         self.split, self.token_ids, self.transform, self.mirrored = split, token_ids, transform, mirrored
         self.mask_id, self.word_drop, self.word_mask, self.flip = mask_id, word_drop, word_mask, flip
 
@@ -414,7 +386,6 @@ class TrainPairs(torch.utils.data.Dataset):
 class Collate:
     """Items of TrainPairs -> {"images" (B,3,H,W), "ids" (B,M) int64, "valid" (B,M) bool, "image_ids" (B,) int64}."""
     pad_id: int
-
     def __call__(self, items):
         images, token_ids, image_ids = zip(*items)
         ids, valid = pad(token_ids, self.pad_id)
@@ -424,15 +395,12 @@ class EvalImages(torch.utils.data.Dataset):
     """i -> image (3, H, W) float32."""
     def __init__(self, split, transform):
         self.split, self.transform = split, transform
-
     def __len__(self):
         return len(self.split)
-
     def __getitem__(self, i):
         return self.transform(self.split.load_image(i, self.transform.size))
 
 # ---- shapes: scenes of 2 to 4 coloured shapes on cluttered ground, drawn from a seed ---------------------------------
-
 COLOURS = {"red": (220, 30, 35), "orange": (250, 140, 10), "yellow": (245, 225, 40), "green": (30, 165, 55),
            "cyan": (40, 215, 225), "blue": (35, 60, 225), "purple": (145, 40, 195), "pink": (255, 115, 185)}
 SIZES = {"small": (.085, .11), "large": (.17, .20)}  # the radius as a fraction of the image
@@ -441,13 +409,11 @@ def ngon(n, radius=1.0):
     return [(radius * math.sin(2 * math.pi * k / n), -radius * math.cos(2 * math.pi * k / n)) for k in range(n)]
 
 OUTLINES = {  # in units of the object's radius, y down
-    "circle": ngon(40),
-    "square": [(-.85, -.85), (.85, -.85), (.85, .85), (-.85, .85)],
-    "triangle": [(0, -1), (1, .8), (-1, .8)],
+    "circle": ngon(40), "diamond": [(0, -1), (.7, 0), (0, 1), (-.7, 0)],
+    "square": [(-.85, -.85), (.85, -.85), (.85, .85), (-.85, .85)], "triangle": [(0, -1), (1, .8), (-1, .8)],
     "star": [point for pair in zip(ngon(10)[::2], ngon(10, .42)[1::2]) for point in pair],
     "cross": [(-.33, -1), (.33, -1), (.33, -.33), (1, -.33), (1, .33), (.33, .33),
               (.33, 1), (-.33, 1), (-.33, .33), (-1, .33), (-1, -.33), (-.33, -.33)],
-    "diamond": [(0, -1), (.7, 0), (0, 1), (-.7, 0)],
     "ring": [*ngon(40), ngon(40)[0], ngon(40, .55)[0], *ngon(40, .55)[::-1]],  # round outside, then back round inside
     "heart": [(x ** 3, -(13 * c - 5 * (2 * c * c - 1) - 2 * (4 * c ** 3 - 3 * c) - (8 * c ** 4 - 8 * c * c + 1)) / 16)
               for x, c in ((s, -y) for s, y in ngon(40))],
@@ -459,35 +425,25 @@ PLAIN, FULL = (1, 2), (0, 1, 2)  # which of an object's words (size, colour, sha
 
 @dataclass
 class Phrase:
-    """A noun phrase of a caption: caption[start:end] == text; boxes of every object that it fits, as (x0, y0, x1, y1)
-    in fractions of the image's width and height."""
+    """A noun phrase of a caption, caption[start:end] == text, and the boxes of every object that it fits."""
     text: str
     start: int
     end: int
-    boxes: list[tuple[float, float, float, float]]
+    boxes: list[tuple[float, float, float, float]]  # x0, y0, x1, y1 in fractions of the image's width and height
 
 @dataclass
 class Object:
-    """One shape of a scene: its size, colour and shape in words, its centre and outline in fractions of the image."""
+    """One shape of a scene: its size, colour and shape in words; centre, radius and box in fractions of the image."""
     words: tuple[str, str, str]
-    x: float
-    y: float
-    outline: list[tuple[float, float]]
-
-    @property
-    def box(self):
-        return tuple(extreme(axis) for extreme in (min, max) for axis in zip(*self.outline))
-
-    def say(self, keys):
-        """The words that a phrase says of the object, None for those that it leaves open."""
-        return tuple(word if key in keys else None for key, word in enumerate(self.words))
-
+    centre: tuple[float, float]
+    radius: float
+    box: tuple[float, float, float, float]
     def fits(self, said):
         return all(word in (None, own) for word, own in zip(said, self.words))
 
 def place_objects(rng):
     """2 to 4 objects whose boxes do not touch. They often share a colour or a shape, so that phrases are ambiguous."""
-    count, objects, radii = rng.choice([2, 3, 4], p=[.2, .4, .4]), [], []
+    count, objects = rng.choice([2, 3, 4], p=[.2, .4, .4]), []
     while len(objects) < count:
         size, colour, shape = (list(words)[rng.integers(len(words))] for words in (SIZES, COLOURS, OUTLINES))
         if objects and rng.random() < .5:
@@ -495,12 +451,13 @@ def place_objects(rng):
             colour, shape = (other[1], shape) if rng.random() < .5 else (colour, other[2])
         r = rng.uniform(*SIZES[size])
         for x, y in rng.uniform(r + .01, .99 - r, (20, 2)).tolist():
-            if all(max(abs(x - o.x), abs(y - o.y)) > r + s + .02 for o, s in zip(objects, radii)):
-                objects.append(Object((size, colour, shape), x, y, [(x + r * u, y + r * v) for u, v in OUTLINES[shape]]))
-                radii.append(r)
+            if all(max(abs(x - o.centre[0]), abs(y - o.centre[1])) > r + o.radius + .02 for o in objects):
+                us, vs = zip(*OUTLINES[shape])
+                box = (x + r * min(us), y + r * min(vs), x + r * max(us), y + r * max(vs))
+                objects.append(Object((size, colour, shape), (x, y), r, box))
                 break
         else:
-            objects, radii = [], []  # too crowded: start again
+            objects = []  # too crowded: start again
     return objects
 
 def compose(objects, parts):
@@ -520,93 +477,84 @@ def compose(objects, parts):
 
 def describe(objects, rng):
     """Five true captions: a full list, a relation, an ambiguous relation, a count, and another list or relation."""
-    def pick(*options):
-        return options[rng.integers(len(options))]
-    def shuffled():
-        return [objects[i] for i in rng.permutation(len(objects))]
+    pick = lambda *options: options[rng.integers(len(options))]
+    shuffled = lambda: [objects[i] for i in rng.permutation(len(objects))]
+    say = lambda o, keys: tuple(word if key in keys else None for key, word in enumerate(o.words))
     def listing(some, keys):  # "a red circle , two stars and ..."
-        *first, last = [(NUMBERS[n], said) for said, n in Counter(o.say(keys) for o in some).items()]
+        *first, last = [(NUMBERS[n], said) for said, n in Counter(say(o, keys) for o in some).items()]
         return [part for phrase in first for part in (phrase, ",")][:-1] + ["and"] * bool(first) + [last]
     def related(keys_a, keys_b, third=0.0):  # "a red circle is left of a blue square"
         a, b, *others = shuffled()
-        dx, dy = b.x - a.x, b.y - a.y
+        dx, dy = b.centre[0] - a.centre[0], b.centre[1] - a.centre[1]
         true = [r for r, d in (("left", dx), ("right", -dx), ("above", dy), ("below", -dy)) if d > .15]  # never empty
         true += ["near"] if math.hypot(dx, dy) < .4 else []
         opener, determiner, verb = pick(("", "a", "is"), ("there is", "a", ""), ("a picture of", "a", ""), ("", "some", "is"))
-        parts = [opener, (determiner, a.say(keys_a)), verb, pick(*RELATIONS[pick(*true)]),
-                 ("another" if a.say(keys_a) == b.say(keys_b) else "a", b.say(keys_b))]
-        return parts + ([pick(", with", "and"), ("a", others[0].say(PLAIN))] if others and rng.random() < third else [])
+        parts = [opener, (determiner, say(a, keys_a)), verb, pick(*RELATIONS[pick(*true)]),
+                 ("another" if say(a, keys_a) == say(b, keys_b) else "a", say(b, keys_b))]
+        return parts + ([pick(", with", ", and there is"), ("a", say(others[0], PLAIN))] if others and rng.random() < third else [])
     def counted():  # objects that share a word, or else all of them: "two squares , a red square and a blue square"
-        shared = [o.say((key,)) for o in objects for key in FULL if sum(p.fits(o.say((key,))) for p in objects) > 1]
+        shared = [say(o, (key,)) for o in objects for key in FULL if sum(p.fits(say(o, (key,))) for p in objects) > 1]
         said = pick(*shared) if shared else (None, None, None)
         rest = [o for o in objects if not o.fits(said)]
-        parts = [(NUMBERS[len(objects) - len(rest)], said), pick(":", ","),
-                 *listing([o for o in shuffled() if o.fits(said)], PLAIN)]
+        group = [o for o in shuffled() if o.fits(said)]
+        parts = [(NUMBERS[len(group)], said), pick(":", ","), *listing(group, PLAIN)]
         return parts + ([pick(", with", ", and", ", along with"), *listing(rest, PLAIN)] if rest else [])
     vague, clear = pick((0,), (1,), (2,), (0, 1)), pick((1,), (0, 2), PLAIN)
-    last = [pick("a picture of", "an image with", "we see"), *listing(shuffled(), PLAIN)]
     return zip(*(compose(objects, parts) for parts in (
         [pick("", "here are", "a scene with"), *listing(shuffled(), FULL)],
         related(pick(PLAIN, FULL), pick(PLAIN, FULL), third=.6),
-        related(*pick((vague, clear), (clear, vague))),
-        counted(),
-        last if rng.random() < .6 else related(FULL, FULL))))
+        related(*pick((vague, clear), (clear, vague))), counted(),
+        [pick("a picture of", "an image with", "we see"), *listing(shuffled(), PLAIN)] if rng.random() < .6
+        else related(FULL, FULL))))
 
 def draw(objects, size, rng):
     """-> uint8 (size, size, 3): muted, cluttered ground and the objects, at three times the size and then reduced."""
     def muted(*shape):  # grey to brown
-        grey, brown = rng.uniform(60, 165, shape), rng.uniform(0, 22, shape)
-        return np.stack([grey + brown, grey, grey - brown], -1).astype(np.uint8)
-
+        return (rng.uniform(60, 165, (*shape, 1)) + rng.uniform(0, 22, (*shape, 1)) * (1, 0, -1)).astype(np.uint8)
     s = 3 * size
     image = Image.fromarray(muted(4, 4)).resize((s, s), Image.Resampling.BICUBIC)
     canvas = ImageDraw.Draw(image)
     for colour in map(tuple, muted(rng.integers(10, 20)).tolist()):  # slivers and blobs: polygons under a random map
         points = ngon(rng.integers(3, 12)) @ rng.normal(0, .06 * s, (2, 2)) + rng.uniform(0, s, 2)
-        canvas.polygon(list(map(tuple, points.tolist())), colour)
+        canvas.polygon(points.ravel().tolist(), colour)
     for o in objects:
         colour = np.clip(COLOURS[o.words[1]] + rng.integers(-12, 13, 3), 0, 255)
-        canvas.polygon([(s * x, s * y) for x, y in o.outline], tuple(colour.tolist()))
-    pixels = np.asarray(image.reduce(3)) + rng.normal(0, 6, (size, size, 1))
-    return np.clip(pixels, 0, 255).astype(np.uint8)
+        outline = s * (o.centre + o.radius * np.array(OUTLINES[o.words[2]]))
+        canvas.polygon(outline.ravel().tolist(), tuple(colour.tolist()))
+    return np.clip(image.reduce(3) + rng.normal(0, 6, (size, size, 1)), 0, 255).astype(np.uint8)
 
 class Scene:
     """One scene: objects, five captions and their phrases; the pixels are drawn when first asked for and kept."""
     def __init__(self, key, size):
-        self.rng, self.size, self.pixels = np.random.default_rng(key), size, None
+        self.rng, self.size = np.random.default_rng(key), size
         self.objects = place_objects(self.rng)
         self.captions, self.phrases = map(list, describe(self.objects, self.rng))
 
+    @cached_property
+    def pixels(self):
+        return draw(self.objects, self.size, self.rng)
+
 class ShapesSplit(Split):
-    """Scenes drawn from (seed, part, index): no files. Boxes are fractions of the image."""
+    """Scenes drawn from (seed, part, index), no files. phrases(i): each caption's list of Phrase; objects(i): every box."""
     def __init__(self, name, image_names, scenes):
         super().__init__(name, image_names, [scene.captions for scene in scenes])
         self.scenes = scenes
-
     def subset(self, indices):
         return ShapesSplit(self.name, self.image_names[indices], self.scenes[indices])
 
-    def load_image(self, i, size=None):
-        """-> PIL RGB image of the data set's own size, whatever `size`."""
-        scene = self.scenes[i]
-        if scene.pixels is None:
-            scene.pixels = draw(scene.objects, scene.size, scene.rng)
-        return Image.fromarray(scene.pixels)
-
+    def load_image(self, i, size=None):  # of the data set's own size, whatever `size`
+        return Image.fromarray(self.scenes[i].pixels)
     def phrases(self, i):
-        """The list of Phrase of each caption of image i."""
         return self.scenes[i].phrases
-
     def objects(self, i):
         return [o.box for o in self.scenes[i].objects]
 
 def shapes_split(block, part, where):
-    size, seed = block.get("size", 64), block.get("seed", 0)
-    scenes = block.get("scenes", {"train": 4000, "val": 1000, "test": 1000})
+    size, seed, scenes = block.get("size", 64), block.get("seed", 0), block.get("scenes", dict(train=4000, val=1000, test=1000))
     require(block["kind"] == "shapes", f"{where}.kind is {block['kind']!r}; valid: shapes (leave it out for files)")
     require(type(size) is int and 16 <= size <= 1024, f"{where}.size must be a whole number from 16 to 1024")
     require(type(seed) is int and seed >= 0, f"{where}.seed must be a whole number >= 0")
-    require(isinstance(scenes, dict) and type(scenes.get(part)) is int and scenes[part] >= 1,
-            f"{where}.scenes must map {part} to a whole number >= 1")
-    names = [f"{part}_{i:05d}" for i in range(scenes[part])]
-    return ShapesSplit("shapes", names, [Scene([seed, PARTS.index(part), i], size) for i in range(scenes[part])])
+    count = scenes.get(part) if isinstance(scenes, dict) else None
+    require(type(count) is int and count >= 1, f"{where}.scenes must map {part} to a whole number >= 1")
+    drawn = {f"{part}_{i:05d}": Scene([seed, PARTS.index(part), i], size) for i in range(count)}
+    return ShapesSplit("shapes", list(drawn), list(drawn.values()))
