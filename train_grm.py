@@ -257,7 +257,8 @@ def run(args):
                             data.mirror_tokens(tokenizer, texts, longest))
     sampler = data.PairSampler(train_split, train["batch_size"], config["data"]["epoch"], train["seed"])
     loader = DataLoader(pairs, batch_sampler=sampler, collate_fn=data.Collate(tokenizer.pad_token_id),
-                        num_workers=config["data"]["workers"], pin_memory=device.type == "cuda")
+                        num_workers=config["data"]["workers"], pin_memory=device.type == "cuda",
+                        generator=torch.Generator())       # its own, or starting an epoch would move the model's random numbers
     total_steps = min(train["epochs"] * len(sampler), train["max_steps"] or math.inf)
 
     step, best = 0, -1.0
@@ -365,9 +366,9 @@ def final_table(out: Path, config: dict, split_of: dict, names: dict, tokenizer,
         split = data.load_split(splits[0], config["datasets"], config["data"]["root"])
     except data.DataError as error:
         print(f"no test split ({error}); the table is of the validation split, on which best.pt was chosen")
-        splits = split_of["val"]
+        splits = [config["data"]["val_split"] or split_of["val"][0]]
         split = data.load_split(splits[0], config["datasets"], config["data"]["root"])
-    folds = [names[s][2] for s in splits if names[s][2] <= len(split)]
+    folds = [f for f in (names[s.split("[")[0]][2] for s in splits) if f <= len(split)]
     for f, results in zip(folds, eval_grm.evaluate(model, split, tokenizer, config, device, folds=folds, progress=sys.stderr.isatty())):
         print(f"\n{splits[folds.index(f)]}: best.pt (step {best['step']}), {len(split):,} images, {len(split.texts):,} captions"
               + (f", mean of {f} folds" * (f > 1)) + f"\n{eval_grm.figures_table(results)}")

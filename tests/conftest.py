@@ -30,7 +30,7 @@ def tiny_config():
 @pytest.fixture
 def tiny_model(tiny_config):
     torch.manual_seed(0)
-    return modules.build_grm(tiny_config, vocab_size=50, pad_id=0)
+    return modules.build_grm(tiny_config, vocab_size=120, pad_id=0)
 
 
 @pytest.fixture

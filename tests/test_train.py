@@ -1,0 +1,242 @@
+"""The training script: configurations, schedule, gradient caching, checkpoints, and errors of one line."""
+import json
+import shutil
+
+import pytest
+import torch
+import yaml
+
+import data
+import eval_grm
+import modules
+import train_grm
+from conftest import ROOT, TINY
+from train_grm import ConfigError, learning_rate, load_config
+
+CONFIG = str(ROOT / "configs.yaml")
+BACKBONES = {"vit_b_224": 196, "vit_b_384": 576, "swin_b_224": 49, "swin_b_384": 144}
+SHARED = ROOT.parent / "shared"
+
+
+# ---------------------------------------------------------------------------------------------------------- configuration
+
+def test_general_settings_give_way_to_special_ones():
+    assert load_config(CONFIG, "vit_b_224")["train"]["batch_size"] == 256                   # the data set's
+    assert load_config(CONFIG, "vit_b_224", "f30k")["train"]["batch_size"] == 128           # the default
+    assert load_config(CONFIG, "vit_tiny", "coco")["train"]["batch_size"] == 64             # the backbone's
+    assert load_config(CONFIG, "vit_tiny", sets=["train.batch_size=7"])["train"]["batch_size"] == 7
+    assert load_config(CONFIG, "swin_b_384")["model"]["num_prompts"] == 50
+    assert load_config(CONFIG, "vit_b_384", sets=["train.lr=3e-4"])["train"]["lr"] == 3e-4
+
+
+@pytest.mark.parametrize("item, said", [
+    ("train.learning_rate=1", "train.lr"), ("lr=1", "train.lr"), ("train=1", "train.lr"), ("train.lr", "key=value"),
+    ("train.lr=fast", "float"), ("train.batch_size=0", "at least 1"), ("train.batch_size=true", "int"),
+    ("train.lr=-1", "above 0"), ("loss.kind=hinge", "infonce, triplet"), ("data.epoch=all", "captions, images"),
+    ("model.num_prompts=0", "at least 1"), ("loss.kind=[", "YAML")])
+def test_a_setting_that_cannot_be_names_what_can(item, said):
+    with pytest.raises(ConfigError, match=said) as error:
+        load_config(CONFIG, "vit_micro", sets=[item])
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_names_list_the_valid_ones(script, tmp_path):
+    assert "vit_b_224, vit_b_384, swin_b_224, swin_b_384, vit_tiny, vit_micro" in script("train", "--backbone", "vit_x")[0]
+    assert "coco, f30k, f8k, shapes" in script("train", "--backbone", "vit_micro", "--data", "imagenet")[0]
+    assert "cannot read" in script("train", "--backbone", "vit_micro", "--config", tmp_path / "none.yaml")[0]
+    (tmp_path / "bad.yaml").write_text("a: [")
+    assert "not YAML" in script("train", "--backbone", "vit_micro", "--config", tmp_path / "bad.yaml")[0]
+    unknown = script("train", "--backbone", "vit_micro", "--set", *TINY, "image.name=vit_nano", "--out", tmp_path / "x")[0]
+    assert unknown.startswith("error: image.name") and "\n" not in unknown
+
+
+def test_without_data_the_error_says_what_to_get_and_what_works_without(script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    failure, _ = script("train", "--backbone", "vit_b_224")
+    assert failure.startswith("error: ") and "\n" not in failure
+    assert "dataset_coco.json" in failure and "--backbone vit_micro" in failure
+    assert not (tmp_path / "runs").exists()
+
+
+def test_without_a_hub_the_error_says_what_to_get_and_what_works_without(script, coco_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
+    failure, _ = script("train", "--backbone", "vit_b_224", "--data-root", coco_folder, "--out", tmp_path / "run")
+    assert failure.startswith("error: ") and "\n" not in failure and "text.name=" in failure
+    failure, _ = script("train", "--backbone", "vit_b_224", "--data-root", coco_folder, "--out", tmp_path / "run",
+                        "--set", "text.pretrained=false")
+    assert failure.startswith("error: ") and "image.weights=PATH" in failure and "--backbone vit_micro" in failure
+    assert "vit_base_patch16_224" in failure and "\n" not in failure
+    failure, _ = script("train", "--backbone", "vit_b_224", "--data-root", coco_folder, "--out", tmp_path / "run",
+                        "--set", "text.pretrained=false", "image.weights=nowhere.safetensors")
+    assert "nowhere.safetensors" in failure
+
+
+# --------------------------------------------------------------------------------------------------------------- the pieces
+
+def test_the_rate_rises_then_falls_to_nothing():
+    rates = [learning_rate(step, 100, 0.1) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == 1 and max(rates) == 1
+    assert rates[10:] == sorted(rates[10:], reverse=True) and rates[99] < 0.001
+    assert learning_rate(0, 1, 0.1) == 1
+
+
+def test_pretrained_encoders_learn_slower_and_vectors_do_not_decay(tiny_model):
+    train = {"lr": 1.0, "encoder_lr": 0.1, "weight_decay": 0.5}
+    groups = train_grm.parameter_groups(tiny_model, train, {"image_encoder": True, "text_encoder": False})
+    found = {id(p): (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
+    assert len(found) == len(list(tiny_model.parameters()))
+    assert found[id(tiny_model.image_encoder.blocks[0].attn.qkv.weight)] == (0.1, 0.5)
+    assert found[id(tiny_model.image_encoder.blocks[0].attn.qkv.bias)] == (0.1, 0.0)
+    assert found[id(tiny_model.image_proj.weight)] == (1.0, 0.5)
+    assert found[id(tiny_model.text_encoder.embeddings.word_embeddings.weight)] == (1.0, 0.5)
+
+
+def some_pairs(config, count):
+    split = data.load_split("shapes_train", config["datasets"], "")
+    tokenizer = data.load_tokenizer(None, split.texts)
+    ids = data.tokenize(tokenizer, split.texts, 64)
+    transform = data.image_transform(64, (0.5,) * 3, (0.5,) * 3, train=False)
+    pairs = data.TrainPairs(split, ids, transform, tokenizer.mask_token_id, 0.0, 0.0)
+    batch = data.Collate(tokenizer.pad_token_id)([pairs[i, 5 * i, i] for i in range(count)])
+    return batch, tokenizer
+
+
+def test_gradient_caching_gives_the_uncached_gradient_with_all_noise_replayed(tiny_config):
+    """The uncached run encodes the same parts, in the same order, with the graph kept: dropout, Gumbel and sampling noise
+    fall the same way, so only the caching differs."""
+    batch, tokenizer = some_pairs(tiny_config, 12)
+    torch.manual_seed(0)
+    model = modules.build_grm(tiny_config, len(tokenizer), 0).train()
+
+    torch.manual_seed(1)
+    parts = [model(*(batch[key][a:a + 5] for key in ("images", "ids", "valid"))) for a in (0, 5, 10)]
+    image, text = (kind(*(torch.cat(x) for x in zip(*features))) for kind, features in
+                   zip((modules.ImageFeatures, modules.TextFeatures), zip(*parts)))
+    model.loss(image, text, batch["image_ids"], tiny_config["loss"])[0].backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    model.zero_grad()
+    torch.manual_seed(1)
+    train_grm.gradients(model, batch, tiny_config["loss"], micro_batch=5)
+    assert expected.keys() == {name for name, p in model.named_parameters() if p.grad is not None}
+    difference = {name: p.grad - expected[name] for name, p in model.named_parameters() if p.grad is not None}
+    whole = torch.stack([g.norm() for g in expected.values()]).norm()
+    assert torch.stack([g.norm() for g in difference.values()]).norm() <= 1e-5 * whole
+    for name, g in difference.items():
+        assert g.norm() <= 1e-4 * expected[name].norm() + 1e-6 * whole, name
+
+
+def test_a_model_learns_32_pairs_by_heart(tiny_config):
+    batch, tokenizer = some_pairs(tiny_config, 32)
+    tiny_config["model"]["dim"] = 64
+    tiny_config["image"]["options"].update(patch_size=8, embed_dim=64, num_heads=4)
+    torch.manual_seed(0)
+    model = modules.build_grm(tiny_config, len(tokenizer), 0)
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    for step in range(300):
+        model.train()
+        optimizer.zero_grad()
+        train_grm.gradients(model, batch, tiny_config["loss"], None)
+        optimizer.step()
+        if step % 25 == 24:
+            model.eval()
+            with torch.no_grad():
+                scores = model.similarity(*model(batch["images"], batch["ids"], batch["valid"]))
+            figures = eval_grm.recall_at_k(scores["combined"], torch.arange(32))
+            if figures["i2t_r1"] == figures["t2i_r1"] == 100:
+                return
+    pytest.fail(f"after 300 steps: {figures}")
+
+
+# ----------------------------------------------------------------------------------------------------------------- the runs
+
+@pytest.mark.parametrize("backbone", [*BACKBONES, "vit_tiny", "vit_micro"])
+def test_every_configuration_trains_a_step_and_evaluates(backbone, script, coco_folder, tmp_path, monkeypatch):
+    """By the two commands, on a folder in COCO's shape, encoders at random: no weights are needed. Only the text encoder is
+    cut down (one layer), which no configuration's shape depends on."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    options = ["image.pretrained=false", "text.pretrained=false", "text.options.num_hidden_layers=1",
+               "train.batch_size=2", "train.max_steps=1", "data.workers=0"]
+    failure, printed = script("train", "--backbone", backbone, "--data", "coco", "--set", *options)
+    assert failure is None and "test rSum" in printed and "coco5k" in printed and "coco1k" in printed
+    failure, printed = script("eval", "--ckpt", "best.pt", "--split", "coco5k", "--limit", 4)
+    assert failure is None and "4 images, 20 captions" in printed
+    model, _ = eval_grm.model_from_checkpoint(eval_grm.load_checkpoint(f"runs/{backbone}-coco/best.pt"))
+    size = load_config(CONFIG, backbone)["image"]["size"]
+    with torch.no_grad():
+        tokens = model.encode_image(torch.zeros(1, 3, size, size)).tokens
+    assert tokens.shape[1] == BACKBONES.get(backbone, tokens.shape[1])
+    shutil.rmtree("runs")
+
+
+def records(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_what_it_should(script, tmp_path):
+    failure, printed = script("train", "--backbone", "vit_micro", "--out", tmp_path / "run", "--set", *TINY,
+                              "train.epochs=1", "train.log_every=5")
+    assert failure is None and "combined" in printed and "test rSum" in printed
+    out = tmp_path / "run"
+    assert {"best.pt", "last.pt", "metrics.jsonl", "config.yaml"} <= {p.name for p in out.iterdir()}
+    step = records(out)[0]
+    assert {"loss", "lr", "images_per_s", "loss_ori", "loss_key", "loss_unc", "loss_consistency", "loss_kl", "loss_entropy",
+            "image_mask_mean", "image_mask_std", "text_mask_std", "region_cosine", "region_snr"} <= step.keys()
+    assert any("val_rsum" in r for r in records(out)) and "test" in records(out)[-1]
+    assert yaml.safe_load((out / "config.yaml").read_text())["model"]["dim"] == 32
+    # a second run in the same place does not destroy the first
+    script("train", "--backbone", "vit_micro", "--out", out, "--set", *TINY, "train.max_steps=1")
+    assert (tmp_path / "run.1" / "best.pt").exists()
+
+
+def test_best_is_chosen_on_validation_and_the_table_is_of_best(script, tmp_path):
+    out = tmp_path / "run"
+    script("train", "--backbone", "vit_micro", "--out", out, "--set", *TINY, "train.epochs=3", "train.lr=0.005")
+    values = {r["step"]: r["val_rsum"] for r in records(out) if "val_rsum" in r}
+    best = eval_grm.load_checkpoint(out / "best.pt")
+    assert len(values) == 3 and values[best["step"]] == max(values.values()) == best["best"]
+    assert records(out)[-1]["step"] == best["step"]
+
+
+def test_a_stopped_run_resumed_ends_with_the_same_weights(script, tmp_path, monkeypatch):
+    """Stopped in the middle of an epoch by the signal's own path, then resumed, against a run that was left alone."""
+    settings = ["--set", *TINY, "train.epochs=2"]
+    script("train", "--backbone", "vit_micro", "--out", tmp_path / "whole", *settings)
+    import signal
+    steps, real = [], train_grm.gradients
+    def interrupted(*args):
+        steps.append(1)
+        if len(steps) == 6:
+            signal.raise_signal(signal.SIGTERM)
+        return real(*args)
+    monkeypatch.setattr(train_grm, "gradients", interrupted)
+    failure, _ = script("train", "--backbone", "vit_micro", "--out", tmp_path / "cut", *settings)
+    assert "step 6" in failure and "--resume" in failure
+    monkeypatch.setattr(train_grm, "gradients", real)
+    failure, _ = script("train", "--backbone", "vit_micro", "--out", tmp_path / "cut", "--resume", *settings)
+    assert failure is None
+    whole, cut = (eval_grm.load_checkpoint(tmp_path / name / "last.pt")["model"] for name in ("whole", "cut"))
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+def test_resume_without_a_run_says_so(script, tmp_path):
+    failure, _ = script("train", "--backbone", "vit_micro", "--resume", "--out", tmp_path / "none", "--set", *TINY)
+    assert failure.startswith("error: --resume") and "last.pt" in failure
+
+
+def test_local_pretrained_weights_load_and_train_on_photographs(script, tmp_path):
+    weights = SHARED / "weights"
+    if not (SHARED / "data" / "flickr8k").exists() or not weights.exists():
+        pytest.skip("the development photographs and weights (../shared) are not here")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "flickr8k").symlink_to(SHARED / "data" / "flickr8k")
+    failure, printed = script(
+        "train", "--backbone", "vit_tiny", "--data-root", tmp_path / "data", "--out", tmp_path / "run", "--set",
+        f"image.weights={weights / 'vit_tiny_patch16_224' / 'model.safetensors'}", f"text.name={weights / 'minilm-l6'}",
+        "train.batch_size=8", "train.max_steps=2", "data.val_split=f8k_val[:20]", "data.workers=1",
+        "datasets.f8k.splits={f8k: {part: test}, f8k_val: {part: val}, f8k_train: {part: train}}")
+    assert failure is None and "no test split" in printed
+    model, _ = eval_grm.model_from_checkpoint(eval_grm.load_checkpoint(tmp_path / "run" / "best.pt"))
+    assert {p.dtype for p in model.parameters()} == {torch.float32}                        # the text weights are stored in fp16
