@@ -403,7 +403,7 @@ class EvalImages(torch.utils.data.Dataset):
 # ---- shapes: scenes of 2 to 4 coloured shapes on cluttered ground, drawn from a seed ---------------------------------
 COLOURS = {"red": (220, 30, 35), "orange": (250, 140, 10), "yellow": (245, 225, 40), "green": (30, 165, 55),
            "cyan": (40, 215, 225), "blue": (35, 60, 225), "purple": (145, 40, 195), "pink": (255, 115, 185)}
-SIZES = {"small": (.085, .11), "large": (.17, .20)}  # the radius as a fraction of the image
+SIZES = {"small": (.11, .13), "large": (.19, .22)}  # the radius as a fraction of the image
 
 def ngon(n, radius=1.0):
     return [(radius * math.sin(2 * math.pi * k / n), -radius * math.cos(2 * math.pi * k / n)) for k in range(n)]
@@ -502,9 +502,9 @@ def describe(objects, rng):
     vague, clear = pick((0,), (1,), (2,), (0, 1)), pick((1,), (0, 2), PLAIN)
     return zip(*(compose(objects, parts) for parts in (
         [pick("", "here are", "a scene with"), *listing(shuffled(), FULL)],
-        related(pick(PLAIN, FULL), pick(PLAIN, FULL), third=.6),
+        related(pick(PLAIN, FULL), pick(PLAIN, FULL), third=1),
         related(*pick((vague, clear), (clear, vague))), counted(),
-        [pick("a picture of", "an image with", "we see"), *listing(shuffled(), PLAIN)] if rng.random() < .6
+        [pick("a picture of", "an image with", "we see"), *listing(shuffled(), pick(PLAIN, FULL))] if rng.random() < .8
         else related(FULL, FULL))))
 
 def draw(objects, size, rng):

@@ -1,0 +1,164 @@
+"""Token similarity: equal to the formula in value and gradient, whatever the tiling, the padding and the order."""
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import modules
+from modules import token_similarities, token_similarity
+
+
+def literal(v, t, valid, a=None, w=None):
+    """The formula, one pair at a time, over the list of valid tokens."""
+    rows = []
+    for i in range(len(v)):
+        row = []
+        for j in range(len(t)):
+            words = valid[j].nonzero().flatten()
+            if len(words) == 0:
+                row.append(v.new_zeros(()))
+                continue
+            S = torch.einsum("ld,md->lm", v[i], t[j, words])
+            wj = v.new_ones(len(words)) if w is None else w[j, words]
+            ai = v.new_ones(len(v[i])) if a is None else a[i]
+            row.append((wj * S.max(0).values).sum() / wj.sum() + (ai * S.max(1).values).sum() / ai.sum())
+        rows.append(torch.stack(row))
+    return torch.stack(rows)
+
+
+def sample(I=4, L=7, T=9, M=6, d=5, dtype=torch.float64, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    v, t = torch.randn(I, L, d, generator=g, dtype=dtype), torch.randn(T, M, d, generator=g, dtype=dtype)
+    a, w = torch.rand(I, L, generator=g, dtype=dtype) + 0.1, torch.rand(T, M, generator=g, dtype=dtype) + 0.1
+    valid = torch.rand(T, M, generator=g) > 0.4  # any pattern: also holes, and captions that start with padding
+    valid[0], valid[1], valid[2] = False, True, torch.arange(M) == M - 1
+    return [x.requires_grad_() for x in (v, t, a, w)] + [valid]
+
+
+def both(v, t, valid, a, w):
+    return token_similarities(v, t, valid, [None, a], [None, w])
+
+
+@pytest.fixture(params=[(64, 2 ** 22), (1, 1), (2, 60), (4, 300)], ids=str)
+def tiling(request, monkeypatch):
+    monkeypatch.setitem(modules.BLOCK, "cpu", request.param[0])
+    monkeypatch.setitem(modules.TILE, "cpu", request.param[1])
+
+
+@pytest.mark.parametrize("shape", [{}, dict(L=1, M=3), dict(I=1, T=3, L=3, M=1), dict(I=2, L=130, T=5, M=40, d=2)], ids=str)
+def test_value_and_gradient_equal_the_literal_formula(shape, tiling):
+    v, t, a, w, valid = sample(**shape)
+    expected = torch.stack([literal(v, t, valid), literal(v, t, valid, a, w)])
+    got = both(v, t, valid, a, w)
+    upstream = torch.randn_like(expected)
+    torch.testing.assert_close(got, expected)
+    for x, y in zip(torch.autograd.grad((got * upstream).sum(), (v, t, a, w)),
+                    torch.autograd.grad((expected * upstream).sum(), (v, t, a, w))):
+        torch.testing.assert_close(x, y)
+
+
+def test_gradcheck():
+    v, t, a, w, valid = sample(I=3, L=4, T=4, M=3, d=3)
+    assert torch.autograd.gradcheck(lambda *x: token_similarity(x[0], x[1], valid, x[2], x[3]), (v, t, a, w))
+
+
+def test_one_weighting_is_a_row_of_several():
+    v, t, a, w, valid = sample()
+    torch.testing.assert_close(token_similarity(v, t, valid), both(v, t, valid, a, w)[0])
+    torch.testing.assert_close(token_similarity(v, t, valid, a, w), both(v, t, valid, a, w)[1])
+    torch.testing.assert_close(token_similarity(v, t, valid, None, w), literal(v, t, valid, None, w))
+
+
+def test_without_gradient_the_value_is_the_same():
+    v, t, a, w, valid = sample()
+    with torch.no_grad():
+        value = both(v, t, valid, a, w)
+    assert torch.equal(value, both(v, t, valid, a, w).detach())
+
+
+def test_padding_is_never_read():
+    v, t, a, w, valid = sample()
+    bad_t = torch.cat([t.detach().masked_fill(~valid[..., None], float("nan")), t.new_full((9, 3, 5), float("inf"))], 1)
+    bad_t.requires_grad_()
+    more = torch.cat([valid, torch.zeros(9, 3, dtype=torch.bool)], 1)
+    wide = torch.cat([w, torch.ones(9, 3, dtype=w.dtype)], 1)
+    torch.testing.assert_close(both(v, bad_t, more, a, wide), both(v, t, valid, a, w))
+    gradient, = torch.autograd.grad(both(v, bad_t, more, a, wide).sum(), bad_t)
+    assert gradient.isfinite().all() and (gradient[~more] == 0).all()
+
+
+def test_order_of_images_captions_and_tokens_does_not_matter():
+    v, t, a, w, valid = sample()
+    i, j, l, m = torch.randperm(4), torch.randperm(9), torch.randperm(7), torch.randperm(6)
+    moved = both(v[i][:, l], t[j][:, m], valid[j][:, m], a[i][:, l], w[j][:, m])
+    torch.testing.assert_close(moved, both(v, t, valid, a, w)[:, i][:, :, j])
+
+
+@pytest.mark.parametrize("every", [True, False])
+def test_captions_without_a_token_have_similarity_and_gradient_zero(every):
+    v, t, a, w, valid = sample()
+    if every:
+        valid = torch.zeros_like(valid)
+    s = both(v, t, valid, a, w)
+    empty = ~valid.any(1)
+    gradients = torch.autograd.grad(s[:, :, empty].sum(), (v, t, a, w))
+    assert (s[:, :, empty] == 0).all() and all((x == 0).all() for x in gradients)
+
+
+def test_weights_that_are_all_zero_do_not_give_nan():
+    v, t, a, w, valid = sample()
+    zero_a, zero_w = torch.zeros_like(a, requires_grad=True), torch.zeros_like(w, requires_grad=True)
+    s = token_similarity(v, t, valid, zero_a, zero_w)
+    assert (s == 0).all()
+    assert all(x.isfinite().all() for x in torch.autograd.grad(s.sum(), (v, t, zero_a, zero_w)))
+
+
+def test_tied_maxima_share_one_unit_of_gradient():
+    v, t = torch.ones(1, 3, 2, requires_grad=True), torch.ones(1, 4, 2, requires_grad=True)
+    token_similarity(v, t, torch.ones(1, 4, dtype=torch.bool)).sum().backward()
+    torch.testing.assert_close(v.grad.sum(), torch.tensor(4.0))  # two means of a product, each of weight 1, d = 2
+    torch.testing.assert_close(t.grad.sum(), torch.tensor(4.0))
+
+
+def test_float32_is_close_to_float64():
+    v, t, a, w, valid = (x.detach() for x in sample(d=64))
+    single = both(v.float(), t.float(), valid, a.float(), w.float())
+    assert single.dtype == torch.float32
+    torch.testing.assert_close(single.double(), both(v, t, valid, a, w), atol=1e-4, rtol=1e-4)
+
+
+def test_autocast_lowers_only_the_products():
+    v, t, a, w, valid = (x.detach().float().requires_grad_() if x.is_floating_point() else x for x in sample(d=32))
+    unit = torch.nn.functional.normalize
+    exact = both(unit(v, dim=-1), unit(t, dim=-1), valid, a, w)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = both(unit(v, dim=-1), unit(t, dim=-1), valid, a, w)
+    assert low.dtype == torch.float32
+    torch.testing.assert_close(low, exact, atol=0.02, rtol=0)
+    for x in torch.autograd.grad(low.sum(), (v, t, a, w)):
+        assert x.dtype == torch.float32 and x.isfinite().all()
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the largest storage that any operation returns."""
+    nbytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in torch.utils._pytree.tree_leaves(out):
+            if isinstance(x, torch.Tensor):
+                self.nbytes = max(self.nbytes, x.untyped_storage().nbytes())
+        return out
+
+
+def test_never_holds_the_four_dimensional_tensor(monkeypatch):
+    monkeypatch.setitem(modules.BLOCK, "cpu", 8)
+    monkeypatch.setitem(modules.TILE, "cpu", 2 ** 15)
+    I, L, T, M, d = 24, 40, 40, 30, 4
+    v, t, a, w, valid = sample(I, L, T, M, d, torch.float32)
+    with Largest() as largest:
+        both(v, t, valid, a, w).sum().backward()
+    assert largest.nbytes <= 8 * I * max(L * T, T * M)  # at most 64 bits per (i,l,t) or (i,t,m) ...
+    assert largest.nbytes < 4 * I * L * T * M / 10       # ... far from 32 bits per (i,l,t,m)
+    with torch.no_grad(), Largest() as largest:
+        both(v, t, valid, a, w)
+    assert largest.nbytes <= max(4 * 2 ** 15, 8 * I * 8 * M)  # one tile, or the weighted maxima of one block
