@@ -13,7 +13,7 @@ import warnings
 import zlib
 from collections import Counter
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path, PureWindowsPath
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
@@ -85,7 +85,7 @@ def split_names(datasets):
     for dataset, block in datasets.items():
         where = f"configs: datasets.{dataset}"
         require(isinstance(block, dict), f"{where} must be a map")
-        valid = {"splits", *(("kind", "size", "seed", "scenes") if "kind" in block else ("annotations", "images", "parts"))}
+        valid = {"splits", "config", *(("kind", "size", "seed", "scenes") if "kind" in block else ("annotations", "images", "parts"))}
         require(set(block) <= valid, f"{where} has unknown keys {set(block) - valid}; valid: {', '.join(sorted(valid))}")
         default = {dataset: {"part": "test"}, f"{dataset}_val": {"part": "val"}, f"{dataset}_train": {"part": "train"}}
         splits = block.get("splits", default)
@@ -315,9 +315,8 @@ def pad(token_ids, pad_id):
     """list of (M_i,) -> ids (B, M) int64, valid (B, M) bool."""
     lengths = torch.tensor([len(ids) for ids in token_ids])[:, None]
     valid = torch.arange(int(lengths.max())) < lengths
-    ids = torch.full(valid.shape, pad_id)
-    ids[valid] = torch.cat([torch.as_tensor(i) for i in token_ids]).long()
-    return ids, valid
+    tokens = [torch.as_tensor(ids).long() for ids in token_ids]
+    return torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=pad_id), valid
 
 def text_batches(token_ids, batch_size, pad_id):
     """Yields (indices (b,), ids (b, M) int64, valid (b, M) bool), longest first, so that there is little padding."""
@@ -405,6 +404,7 @@ COLOURS = {"red": (220, 30, 35), "orange": (250, 140, 10), "yellow": (245, 225, 
            "cyan": (40, 215, 225), "blue": (35, 60, 225), "purple": (145, 40, 195), "pink": (255, 115, 185)}
 SIZES = {"small": (.11, .13), "large": (.19, .22)}  # the radius as a fraction of the image
 
+@cache
 def ngon(n, radius=1.0):
     return [(radius * math.sin(2 * math.pi * k / n), -radius * math.cos(2 * math.pi * k / n)) for k in range(n)]
 
@@ -515,7 +515,7 @@ def draw(objects, size, rng):
     image = Image.fromarray(muted(4, 4)).resize((s, s), Image.Resampling.BICUBIC)
     canvas = ImageDraw.Draw(image)
     for colour in map(tuple, muted(rng.integers(10, 20)).tolist()):  # slivers and blobs: polygons under a random map
-        points = ngon(rng.integers(3, 12)) @ rng.normal(0, .06 * s, (2, 2)) + rng.uniform(0, s, 2)
+        points = ngon(int(rng.integers(3, 12))) @ rng.normal(0, .06 * s, (2, 2)) + rng.uniform(0, s, 2)
         canvas.polygon(points.ravel().tolist(), colour)
     for o in objects:
         colour = np.clip(COLOURS[o.words[1]] + rng.integers(-12, 13, 3), 0, 255)

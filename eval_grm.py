@@ -199,7 +199,7 @@ def main():
             parser.error(f"--{flag.replace('_', '-')} must be at least 1")
     try:
         run(args)
-    except (CheckpointError, data.DataError, modules.ModelError, yaml.YAMLError) as error:
+    except (CheckpointError, data.DataError, modules.ModelError) as error:
         sys.exit(f"error: {last_line(error)}")
 
 
@@ -214,7 +214,12 @@ def run(args):
         print(f"checkpoint: {path}")
     checkpoint = load_checkpoint(path)
     config = checkpoint["config"]
-    datasets = yaml.safe_load(Path(args.config).read_text())["datasets"] if args.config else config["datasets"]
+    datasets = config["datasets"]
+    if args.config:
+        try:
+            datasets = yaml.safe_load(Path(args.config).read_text(encoding="utf-8"))["datasets"]
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError) as error:
+            raise CheckpointError(f"--config '{args.config}' has no readable datasets block ({' '.join(str(error).split())})") from None
     names = data.split_names(datasets)
     wanted = args.split or next(name for name, (owner, part, _) in names.items()
                                 if (owner, part) == (config["data"]["name"], "test"))

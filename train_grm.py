@@ -60,8 +60,7 @@ def load_config(path: str, backbone: str, dataset: str | None = None, data_root:
     config = copy.deepcopy(blocks["defaults"])
     merge(config, blocks["datasets"][name].get("config") or {}, f"datasets.{name}.config")
     merge(config, special, f"backbones.{backbone}")
-    config |= {"backbone": backbone, "datasets": {name: {key: value for key, value in block.items() if key != "config"}
-                                                  for name, block in blocks["datasets"].items()}}
+    config |= {"backbone": backbone, "datasets": blocks["datasets"]}
     config["data"]["name"] = name
     if data_root:
         config["data"]["root"] = data_root
