@@ -415,7 +415,7 @@ OUTLINES = {  # in units of the object's radius, y down
     "cross": [(-.33, -1), (.33, -1), (.33, -.33), (1, -.33), (1, .33), (.33, .33),
               (.33, 1), (-.33, 1), (-.33, .33), (-1, .33), (-1, -.33), (-.33, -.33)],
     "ring": [*ngon(40), ngon(40)[0], ngon(40, .55)[0], *ngon(40, .55)[::-1]],  # round outside, then back round inside
-    "heart": [(x ** 3, -(13 * c - 5 * (2 * c * c - 1) - 2 * (4 * c ** 3 - 3 * c) - (8 * c ** 4 - 8 * c * c + 1)) / 16)
+    "heart": [(x ** 3, -(13 * c - 5 * (2 * c * c - 1) - 2 * (4 * c ** 3 - 3 * c) - (8 * c ** 4 - 8 * c * c + 1)) / 17)
               for x, c in ((s, -y) for s, y in ngon(40))],
 }
 RELATIONS = {"left": ("to the left of", "left of"), "right": ("to the right of", "on the right of"),
@@ -443,10 +443,10 @@ class Object:
 
 def place_objects(rng):
     """2 to 4 objects whose boxes do not touch. They often share a colour or a shape, so that phrases are ambiguous."""
-    count, objects = rng.choice([2, 3, 4], p=[.2, .4, .4]), []
+    count, objects = rng.choice([2, 3, 4], p=[.15, .35, .5]), []
     while len(objects) < count:
         size, colour, shape = (list(words)[rng.integers(len(words))] for words in (SIZES, COLOURS, OUTLINES))
-        if objects and rng.random() < .5:
+        if objects and rng.random() < .35:
             other = objects[rng.integers(len(objects))].words
             colour, shape = (other[1], shape) if rng.random() < .5 else (colour, other[2])
         r = rng.uniform(*SIZES[size])
@@ -469,8 +469,7 @@ def compose(objects, parts):
         if not isinstance(part, str):
             determiner, said = part
             plural = ("es" if said[2] == "cross" else "s") if determiner in ("two", "three", "four") else ""
-            words = " ".join(filter(None, (determiner, *said[:2], (said[2] or "shape") + plural)))
-            words = words.replace("a orange", "an orange")
+            words = " ".join(filter(None, (determiner, *said[:2], (said[2] or "shape") + plural))).replace("a orange", "an orange")
             phrases.append(Phrase(words, len(text), len(text) + len(words), [o.box for o in objects if o.fits(said)]))
         text += words
     return text, phrases
@@ -497,13 +496,14 @@ def describe(objects, rng):
         said = pick(*shared) if shared else (None, None, None)
         rest = [o for o in objects if not o.fits(said)]
         group = [o for o in shuffled() if o.fits(said)]
-        parts = [(NUMBERS[len(group)], said), pick(":", ","), *listing(group, PLAIN)]
-        return parts + ([pick(", with", ", and", ", along with"), *listing(rest, PLAIN)] if rest else [])
-    vague, clear = pick((0,), (1,), (2,), (0, 1)), pick((1,), (0, 2), PLAIN)
+        keys = FULL if {say(o, PLAIN) for o in group} & {say(o, PLAIN) for o in rest} else PLAIN  # so that counts are true
+        parts = [(NUMBERS[len(group)], said), pick(":", ","), *listing(group, keys)]
+        return parts + ([pick(", with", ", and", ", along with"), *listing(rest, keys)] if rest else [])
+    vague, clear = pick((0,), (1,), (2,), (0, 1)), pick((0, 2), PLAIN, FULL)
     return zip(*(compose(objects, parts) for parts in (
         [pick("", "here are", "a scene with"), *listing(shuffled(), FULL)],
         related(pick(PLAIN, FULL), pick(PLAIN, FULL), third=1),
-        related(*pick((vague, clear), (clear, vague))), counted(),
+        related(*pick((vague, clear), (clear, vague)), third=1), counted(),
         [pick("a picture of", "an image with", "we see"), *listing(shuffled(), pick(PLAIN, FULL))] if rng.random() < .8
         else related(FULL, FULL))))
 

@@ -19,7 +19,7 @@ import train_grm  # noqa: E402
 # a run of vit_micro that takes seconds
 TINY = ["image.options={patch_size: 16, embed_dim: 32, depth: 1, num_heads: 2}", "model.dim=32",
         "text.options={hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 64}",
-        "datasets.shapes.scenes={train: 64, val: 24, test: 32}", "train.batch_size=16", "data.val_split=null"]
+        "datasets.shapes.scenes={train: 64, val: 24, test: 32}", "train.batch_size=16", "train.val_every=1", "data.val_split=null"]
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def script(monkeypatch, capsys):
 def coco_folder(tmp_path):
     """A data root in COCO's shape: Karpathy's JSON and small pictures of noise."""
     rng, root, entries = np.random.default_rng(0), tmp_path / "data" / "coco", []
-    for n, split in enumerate(["train"] * 5 + ["restval"] * 3 + ["val"] * 5 + ["test"] * 10):
+    for n, split in enumerate(["train"] * 3 + ["restval"] * 2 + ["val"] * 2 + ["test"] * 5):
         folder = "train2014" if split == "train" else "val2014"
         (root / folder).mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 255, (40, 60, 3), np.uint8)).save(root / folder / f"{n}.jpg")

@@ -16,7 +16,7 @@ import data
 from data import DataError
 
 SHARED = Path(__file__).parents[2] / "shared"
-SHAPES = {"shapes": {"kind": "shapes", "size": 64, "seed": 0, "scenes": {"train": 200, "val": 50, "test": 50}}}
+SHAPES = {"shapes": {"kind": "shapes", "size": 64, "seed": 0, "scenes": {"train": 600, "val": 50, "test": 50}}}
 MINE = {"mine": {"annotations": "mine/a.json", "images": "mine"}}
 PARTED = {"mine": {"annotations": {"train": "mine/a.json", "test": "mine/b.json"}, "images": "mine"}}
 ENTRY = {"filename": "0.jpg", "split": "test", "sentences": [{"raw": "a dog"}, {"raw": "a cat"}]}
@@ -514,7 +514,7 @@ def test_alignment_is_one_to_many_and_many_to_one(scenes):
             for p in caption:
                 for box in p.boxes:
                     described.setdefault((i, box), set()).add(p.text)
-    assert np.mean([len(texts) >= 3 for texts in described.values()]) > .9
+    assert np.mean([len(texts) >= 3 for texts in described.values()]) > .8
 
 
 def test_most_captions_name_two_objects_by_colour_and_shape(scenes):
