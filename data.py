@@ -13,49 +13,58 @@ import warnings
 import zlib
 from collections import Counter
 from dataclasses import dataclass
-from functools import cache, cached_property
 from pathlib import Path, PureWindowsPath
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
 
 import numpy as np
 import torch
-from huggingface_hub import constants as hub
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageOps
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torchvision import transforms as T
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+import hub
+from shapes import Scene
+
 PARTS = ("train", "val", "test")
+
 
 class DataError(Exception):
     """Bad input, told in one line."""
+
     def __str__(self):  # a DataLoader worker's error arrives with the worker's traceback before it: the last line is ours
         return super().__str__().strip().rpartition("\n")[2].removeprefix(f"{__name__}.DataError: ")
+
 
 def require(condition, message):
     if not condition:
         raise DataError(message)
 
+
 def brief(error):
     return " ".join(f"{type(error).__name__}: {error}".split())[:150]
+
 
 # ---- splits ----------------------------------------------------------------------------------------------------------
 class Split:
     """A named list of images, each with one or more captions.
     texts: every caption, image by image, T in all; image_of_text: int64 (T,), the image of each."""
+
     def __init__(self, name, image_names, captions):
         self.name, self.image_names, self.captions = name, image_names, captions
         self.texts = [text for texts in captions for text in texts]
         self.image_of_text = np.repeat(np.arange(len(captions)), [len(texts) for texts in captions])
+
     def __len__(self):
         return len(self.image_names)
 
+
 class FileSplit(Split):
     """Images on disk, each at folder/name."""
+
     def __init__(self, name, image_names, captions, folder):
         super().__init__(name, image_names, captions)
         self.folder = folder
+
     def subset(self, indices):
         return FileSplit(self.name, self.image_names[indices], self.captions[indices], self.folder)
 
@@ -79,6 +88,7 @@ class FileSplit(Split):
             raise DataError(f"{path}: image {i} of {self.name} ({self.image_names[i]!r}) does not decode "
                             f"({brief(error)}): replace the file or remove its entry") from None
 
+
 def split_names(datasets):
     """{split name: (data set, part, folds)} of every split in the `datasets` block; folds is 1 unless stated."""
     names = {}
@@ -97,6 +107,7 @@ def split_names(datasets):
             require(name not in names, f"{where}.splits.{name} is already a split of another data set: rename one")
             names[name] = (dataset, split["part"], folds)
     return names
+
 
 def load_split(name, datasets, root, check_images=True):
     """The split `name`, which may carry a slice over its images: f8k, f8k_val[:500], f8k_val[500:].
@@ -117,9 +128,11 @@ def load_split(name, datasets, root, check_images=True):
                 f"{', '.join(map(repr, missing[:3]))}: put them there, or change {where}.images or --data-root")
     return split
 
+
 # ---- caption files: each reader returns [(label for messages, (folder, file name), captions)], checked by file_split -
 def file_split(dataset, block, part, root, where):
     """Reads one part of a data set on disk; the layout of its JSON is told by its content."""
+
     def of_part(key):  # `annotations` and `images` are one path, or one per part
         value = block.get(key)
         if isinstance(value, dict):
@@ -157,6 +170,7 @@ def file_split(dataset, block, part, root, where):
         names.append(posixpath.join(*steps))
     return FileSplit(dataset, names, captions, folder)
 
+
 def read_json(path, folder, dataset):
     """-> (the file that was read: path, or path.gz where only that exists; its content)."""
     zipped = path.with_name(path.name + ".gz")
@@ -175,6 +189,7 @@ def read_json(path, folder, dataset):
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{file}: cannot be read ({brief(error)}): fetch it again or check its permissions") from None
 
+
 def typed(value, kind, label):
     """value, if it is of type `kind`, and text that can be encoded if that is str."""
     if type(value) is not kind:
@@ -184,11 +199,13 @@ def typed(value, kind, label):
         raise DataError(f"{label} holds half a surrogate pair, which is not text: correct the entry")
     return value
 
+
 def labelled(file, items, name_key, what="entry"):
     """Yields (label, entry): the label names the file, the index and the image's name where the entry has one."""
     for i, entry in enumerate(items):
         name = f" ({entry[name_key]!r:.80})" if type(entry) is dict and name_key in entry else ""
         yield f"{file}: {what} {i}{name}", typed(entry, dict, f"{file}: {what} {i}")
+
 
 def read_karpathy(file, content, wanted, need_split):
     """{"images": [{filepath?, filename, split, sentences: [{raw}]}]}, the entries of the wanted splits."""
@@ -206,6 +223,7 @@ def read_karpathy(file, content, wanted, need_split):
     require(entries, f"{file}: no image of split {' or '.join(map(repr, wanted))}; the file has {found}: change `parts`")
     return entries
 
+
 def read_list(file, content):
     """[{"image", "caption": str or [str]}]; entries of one image are merged."""
     entries = {}
@@ -214,6 +232,7 @@ def read_list(file, content):
         texts = texts if type(texts) is list else [typed(texts, str, f"{label}: 'caption'")]
         entries.setdefault(name, (label, (name,), []))[2].extend(texts)
     return list(entries.values())
+
 
 def read_coco(file, content):
     """{"images": [{id, file_name}], "annotations": [{image_id, caption}]}."""
@@ -228,36 +247,25 @@ def read_coco(file, content):
         entries[key][2].append(typed(entry.get("caption"), str, f"{label}: 'caption'"))
     return list(entries.values())
 
-# ---- tokens ----------------------------------------------------------------------------------------------------------
-def hub_reachable(seconds=5):
-    """Whether the hub answers at all. Without a network, its own client retries for 46 s before it gives up."""
-    try:
-        return not hub.HF_HUB_OFFLINE and bool(urlopen(Request(hub.ENDPOINT, method="HEAD"), timeout=seconds))
-    except (OSError, ValueError) as error:
-        return isinstance(error, HTTPError)  # an answer too
 
+# ---- tokens ----------------------------------------------------------------------------------------------------------
 def load_tokenizer(name, captions=None):
     """The tokenizer `name`: a local folder, or a name in the hub's cache or on the hub.
     captions: give them where a vocabulary of one's own will do (a text encoder from scratch); it is built from them
     when name is None or cannot be loaded."""
     try:
         require(name is not None, "text.name is not set")
-        try:
-            tok = AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
-        except Exception:
-            if os.path.isdir(name) or not hub_reachable():
-                raise
-            tok = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tok = hub.load(name, lambda **where: AutoTokenizer.from_pretrained(name, trust_remote_code=False, **where))
         require(isinstance(tok, PreTrainedTokenizerFast), "it has no fast tokenizer")
-    except Exception as error:  # OSError, ValueError, and the HTTP client's own types
-        require(captions, f"tokenizer {name!r} is no folder with a tokenizer, not in the hub's cache and not on a hub in "
-                f"reach ({brief(error)}): give a local folder with --set text.name=DIR")
+    except (OSError, DataError) as error:
+        require(captions, f"text.name: no tokenizer ({error}): give a local folder with --set text.name=DIR")
         if name is not None:
             warnings.warn(f"tokenizer {name!r} cannot be loaded: using a vocabulary built from the captions")
         return build_tokenizer(captions)
     if tok.pad_token is None:  # padding is masked everywhere, so any token will do
         tok.pad_token = tok.eos_token or tok.unk_token
     return tok
+
 
 def build_tokenizer(captions):
     """Lower-case words and punctuation marks; the vocabulary is every word of the captions, frequent ones first."""
@@ -272,14 +280,17 @@ def build_tokenizer(captions):
         single="[CLS] $A [SEP]", special_tokens=[(mark, ids[mark]) for mark in ("[CLS]", "[SEP]")])
     return PreTrainedTokenizerFast(tokenizer_object=tok, **special)
 
+
 def tokenizer_state(tok):
     """A tokenizer as plain strings, for a checkpoint that loads with weights_only=True."""
     state = json.loads(tok.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}  # those are of the last call
     special = {key: str(token) for key, token in tok.special_tokens_map.items() if isinstance(token, str)}
     return {"tokenizer": json.dumps(state), "special": special}
 
+
 def tokenizer_from_state(state):
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(state["tokenizer"]), **state["special"])
+
 
 def tokenize(tok, texts, max_length):
     """-> list of int32 (M,), M <= max_length with the special tokens, which truncation keeps."""
@@ -289,15 +300,18 @@ def tokenize(tok, texts, max_length):
     tok.backend_tokenizer.no_padding()
     return [np.array(e.ids, dtype=np.int32) for e in tok.backend_tokenizer.encode_batch_fast(list(texts))]
 
+
 def mirror_words(text):
     """Swaps "left" and "right": what the caption says of its image's mirror image."""
     other = {"left": "right", "Left": "Right", "LEFT": "RIGHT", "right": "left", "Right": "Left", "RIGHT": "LEFT"}
     return re.sub(rf"\b({'|'.join(other)})\b", lambda match: other[match[0]], text)
 
+
 def mirror_tokens(tok, texts, max_length):
     """{text index: ids of the mirrored caption}, for the captions that change (0.7% of Flickr30K's)."""
     mirrored = {i: new for i, text in enumerate(texts) if (new := mirror_words(text)) != text}
     return dict(zip(mirrored, tokenize(tok, mirrored.values(), max_length))) if mirrored else {}
+
 
 def augment_tokens(ids, rng, drop, mask, mask_id):
     """Drops a token with probability `drop`, replaces it by mask_id with probability `mask` (mask_id None: never).
@@ -311,6 +325,7 @@ def augment_tokens(ids, rng, drop, mask, mask_id):
         keep[rng.integers(len(inner))] = True
     return np.concatenate([ids[:1], inner[keep], ids[-1:]])
 
+
 def pad(token_ids, pad_id):
     """list of (M_i,) -> ids (B, M) int64, valid (B, M) bool."""
     lengths = torch.tensor([len(ids) for ids in token_ids])[:, None]
@@ -318,11 +333,13 @@ def pad(token_ids, pad_id):
     tokens = [torch.as_tensor(ids).long() for ids in token_ids]
     return torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=pad_id), valid
 
+
 def text_batches(token_ids, batch_size, pad_id):
     """Yields (indices (b,), ids (b, M) int64, valid (b, M) bool), longest first, so that there is little padding."""
     order = np.argsort([-len(ids) for ids in token_ids], kind="stable")
     for indices in np.split(order, range(batch_size, len(order), batch_size)):
         yield torch.from_numpy(indices), *pad([token_ids[i] for i in indices], pad_id)
+
 
 # ---- items and batches -----------------------------------------------------------------------------------------------
 def image_transform(size, mean, std, train, crop=(0.6, 1.0)):
@@ -336,10 +353,12 @@ def image_transform(size, mean, std, train, crop=(0.6, 1.0)):
     transform.size = size  # tells load_image how large a decoded image must be
     return transform
 
+
 class PairSampler:
     """Batches of (image, text, item seed) of one epoch; the same whatever the number of workers, so that runs resume.
     mode "captions": every caption once an epoch; "images": every image once, with a random caption of it.
     The caller sets `epoch`, and `start`: how many of the epoch's batches to skip (back to 0 for the next epoch)."""
+
     def __init__(self, split, batch_size, epoch_mode, seed, drop_last=True):
         require(epoch_mode in ("captions", "images"), f"unknown data.epoch {epoch_mode!r}; valid: captions, images")
         self.image_of_text, self.images, self.batch_size = split.image_of_text, len(split), batch_size
@@ -362,9 +381,11 @@ class PairSampler:
         for b in range(self.start, len(self)):
             yield items[b * self.batch_size:(b + 1) * self.batch_size]
 
+
 class TrainPairs(torch.utils.data.Dataset):
     """(image, text, item seed) -> (image (3, H, W) float32, ids (M,) int64, image); all randomness is the item seed's.
     flip: probability of mirroring the image, and left and right in its caption: `mirrored` is what mirror_tokens gives."""
+
     def __init__(self, split, token_ids, transform, mask_id, word_drop, word_mask, flip=0.0, mirrored=None):
         self.split, self.token_ids, self.transform, self.mirrored = split, token_ids, transform, mirrored
         self.mask_id, self.word_drop, self.word_mask, self.flip = mask_id, word_drop, word_mask, flip
@@ -381,173 +402,50 @@ class TrainPairs(torch.utils.data.Dataset):
             pixels = self.transform(pixels)
         return pixels, torch.from_numpy(ids.astype(np.int64)), image
 
+
 @dataclass
 class Collate:
     """Items of TrainPairs -> {"images" (B,3,H,W), "ids" (B,M) int64, "valid" (B,M) bool, "image_ids" (B,) int64}."""
     pad_id: int
+
     def __call__(self, items):
         images, token_ids, image_ids = zip(*items)
         ids, valid = pad(token_ids, self.pad_id)
         return {"images": torch.stack(images), "ids": ids, "valid": valid, "image_ids": torch.tensor(image_ids)}
 
+
 class EvalImages(torch.utils.data.Dataset):
     """i -> image (3, H, W) float32."""
+
     def __init__(self, split, transform):
         self.split, self.transform = split, transform
+
     def __len__(self):
         return len(self.split)
+
     def __getitem__(self, i):
         return self.transform(self.split.load_image(i, self.transform.size))
 
-# ---- shapes: scenes of 2 to 4 coloured shapes on cluttered ground, drawn from a seed ---------------------------------
-COLOURS = {"red": (220, 30, 35), "orange": (250, 140, 10), "yellow": (245, 225, 40), "green": (30, 165, 55),
-           "cyan": (40, 215, 225), "blue": (35, 60, 225), "purple": (145, 40, 195), "pink": (255, 115, 185)}
-SIZES = {"small": (.11, .13), "large": (.19, .22)}  # the radius as a fraction of the image
-
-@cache
-def ngon(n, radius=1.0):
-    return [(radius * math.sin(2 * math.pi * k / n), -radius * math.cos(2 * math.pi * k / n)) for k in range(n)]
-
-OUTLINES = {  # in units of the object's radius, y down
-    "circle": ngon(40), "diamond": [(0, -1), (.7, 0), (0, 1), (-.7, 0)],
-    "square": [(-.85, -.85), (.85, -.85), (.85, .85), (-.85, .85)], "triangle": [(0, -1), (1, .8), (-1, .8)],
-    "star": [point for pair in zip(ngon(10)[::2], ngon(10, .42)[1::2]) for point in pair],
-    "cross": [(-.33, -1), (.33, -1), (.33, -.33), (1, -.33), (1, .33), (.33, .33),
-              (.33, 1), (-.33, 1), (-.33, .33), (-1, .33), (-1, -.33), (-.33, -.33)],
-    "ring": [*ngon(40), ngon(40)[0], ngon(40, .55)[0], *ngon(40, .55)[::-1]],  # round outside, then back round inside
-    "heart": [(x ** 3, -(13 * c - 5 * (2 * c * c - 1) - 2 * (4 * c ** 3 - 3 * c) - (8 * c ** 4 - 8 * c * c + 1)) / 17)
-              for x, c in ((s, -y) for s, y in ngon(40))],
-}
-RELATIONS = {"left": ("to the left of", "left of"), "right": ("to the right of", "on the right of"),
-             "above": ("above", "over"), "below": ("below", "under"), "near": ("near", "next to")}
-NUMBERS = {1: "a", 2: "two", 3: "three", 4: "four"}
-PLAIN, FULL = (1, 2), (0, 1, 2)  # which of an object's words (size, colour, shape) a phrase says
-
-@dataclass
-class Phrase:
-    """A noun phrase of a caption, caption[start:end] == text, and the boxes of every object that it fits."""
-    text: str
-    start: int
-    end: int
-    boxes: list[tuple[float, float, float, float]]  # x0, y0, x1, y1 in fractions of the image's width and height
-
-@dataclass
-class Object:
-    """One shape of a scene: its size, colour and shape in words; centre, radius and box in fractions of the image."""
-    words: tuple[str, str, str]
-    centre: tuple[float, float]
-    radius: float
-    box: tuple[float, float, float, float]
-    def fits(self, said):
-        return all(word in (None, own) for word, own in zip(said, self.words))
-
-def place_objects(rng):
-    """2 to 4 objects whose boxes do not touch. They often share a colour or a shape, so that phrases are ambiguous."""
-    count, objects = rng.choice([2, 3, 4], p=[.15, .35, .5]), []
-    while len(objects) < count:
-        size, colour, shape = (list(words)[rng.integers(len(words))] for words in (SIZES, COLOURS, OUTLINES))
-        if objects and rng.random() < .35:
-            other = objects[rng.integers(len(objects))].words
-            colour, shape = (other[1], shape) if rng.random() < .5 else (colour, other[2])
-        r = rng.uniform(*SIZES[size])
-        for x, y in rng.uniform(r + .01, .99 - r, (20, 2)).tolist():
-            if all(max(abs(x - o.centre[0]), abs(y - o.centre[1])) > r + o.radius + .02 for o in objects):
-                us, vs = zip(*OUTLINES[shape])
-                box = (x + r * min(us), y + r * min(vs), x + r * max(us), y + r * max(vs))
-                objects.append(Object((size, colour, shape), (x, y), r, box))
-                break
-        else:
-            objects = []  # too crowded: start again
-    return objects
-
-def compose(objects, parts):
-    """parts: strings, and (determiner, (size, colour, shape)) for noun phrases -> (caption, [Phrase])."""
-    text, phrases = "", []
-    for part in filter(None, parts):
-        text += " " if text else ""
-        words = part
-        if not isinstance(part, str):
-            determiner, said = part
-            plural = ("es" if said[2] == "cross" else "s") if determiner in ("two", "three", "four") else ""
-            words = " ".join(filter(None, (determiner, *said[:2], (said[2] or "shape") + plural))).replace("a orange", "an orange")
-            phrases.append(Phrase(words, len(text), len(text) + len(words), [o.box for o in objects if o.fits(said)]))
-        text += words
-    return text, phrases
-
-def describe(objects, rng):
-    """Five true captions: a full list, a relation, an ambiguous relation, a count, and another list or relation."""
-    pick = lambda *options: options[rng.integers(len(options))]
-    shuffled = lambda: [objects[i] for i in rng.permutation(len(objects))]
-    say = lambda o, keys: tuple(word if key in keys else None for key, word in enumerate(o.words))
-    def listing(some, keys):  # "a red circle , two stars and ..."
-        *first, last = [(NUMBERS[n], said) for said, n in Counter(say(o, keys) for o in some).items()]
-        return [part for phrase in first for part in (phrase, ",")][:-1] + ["and"] * bool(first) + [last]
-    def related(keys_a, keys_b, third=0.0):  # "a red circle is left of a blue square"
-        a, b, *others = shuffled()
-        dx, dy = b.centre[0] - a.centre[0], b.centre[1] - a.centre[1]
-        true = [r for r, d in (("left", dx), ("right", -dx), ("above", dy), ("below", -dy)) if d > .15]  # never empty
-        true += ["near"] if math.hypot(dx, dy) < .4 else []
-        opener, determiner, verb = pick(("", "a", "is"), ("there is", "a", ""), ("a picture of", "a", ""), ("", "some", "is"))
-        parts = [opener, (determiner, say(a, keys_a)), verb, pick(*RELATIONS[pick(*true)]),
-                 ("another" if say(a, keys_a) == say(b, keys_b) else "a", say(b, keys_b))]
-        return parts + ([pick(", with", ", and there is"), ("a", say(others[0], PLAIN))] if others and rng.random() < third else [])
-    def counted():  # objects that share a word, or else all of them: "two squares , a red square and a blue square"
-        shared = [say(o, (key,)) for o in objects for key in FULL if sum(p.fits(say(o, (key,))) for p in objects) > 1]
-        said = pick(*shared) if shared else (None, None, None)
-        rest = [o for o in objects if not o.fits(said)]
-        group = [o for o in shuffled() if o.fits(said)]
-        keys = FULL if {say(o, PLAIN) for o in group} & {say(o, PLAIN) for o in rest} else PLAIN  # so that counts are true
-        parts = [(NUMBERS[len(group)], said), pick(":", ","), *listing(group, keys)]
-        return parts + ([pick(", with", ", and", ", along with"), *listing(rest, keys)] if rest else [])
-    vague, clear = pick((0,), (1,), (2,), (0, 1)), pick((0, 2), PLAIN, FULL)
-    return zip(*(compose(objects, parts) for parts in (
-        [pick("", "here are", "a scene with"), *listing(shuffled(), FULL)],
-        related(pick(PLAIN, FULL), pick(PLAIN, FULL), third=1),
-        related(*pick((vague, clear), (clear, vague)), third=1), counted(),
-        [pick("a picture of", "an image with", "we see"), *listing(shuffled(), pick(PLAIN, FULL))] if rng.random() < .8
-        else related(FULL, FULL))))
-
-def draw(objects, size, rng):
-    """-> uint8 (size, size, 3): muted, cluttered ground and the objects, at three times the size and then reduced."""
-    def muted(*shape):  # grey to brown
-        return (rng.uniform(60, 165, (*shape, 1)) + rng.uniform(0, 22, (*shape, 1)) * (1, 0, -1)).astype(np.uint8)
-    s = 3 * size
-    image = Image.fromarray(muted(4, 4)).resize((s, s), Image.Resampling.BICUBIC)
-    canvas = ImageDraw.Draw(image)
-    for colour in map(tuple, muted(rng.integers(10, 20)).tolist()):  # slivers and blobs: polygons under a random map
-        points = ngon(int(rng.integers(3, 12))) @ rng.normal(0, .06 * s, (2, 2)) + rng.uniform(0, s, 2)
-        canvas.polygon(points.ravel().tolist(), colour)
-    for o in objects:
-        colour = np.clip(COLOURS[o.words[1]] + rng.integers(-12, 13, 3), 0, 255)
-        outline = s * (o.centre + o.radius * np.array(OUTLINES[o.words[2]]))
-        canvas.polygon(outline.ravel().tolist(), tuple(colour.tolist()))
-    return np.clip(image.reduce(3) + rng.normal(0, 6, (size, size, 1)), 0, 255).astype(np.uint8)
-
-class Scene:
-    """One scene: objects, five captions and their phrases; the pixels are drawn when first asked for and kept."""
-    def __init__(self, key, size):
-        self.rng, self.size = np.random.default_rng(key), size
-        self.objects = place_objects(self.rng)
-        self.captions, self.phrases = map(list, describe(self.objects, self.rng))
-
-    @cached_property
-    def pixels(self):
-        return draw(self.objects, self.size, self.rng)
 
 class ShapesSplit(Split):
     """Scenes drawn from (seed, part, index), no files. phrases(i): each caption's list of Phrase; objects(i): every box."""
+
     def __init__(self, name, image_names, scenes):
         super().__init__(name, image_names, [scene.captions for scene in scenes])
         self.scenes = scenes
+
     def subset(self, indices):
         return ShapesSplit(self.name, self.image_names[indices], self.scenes[indices])
 
     def load_image(self, i, size=None):  # of the data set's own size, whatever `size`
         return Image.fromarray(self.scenes[i].pixels)
+
     def phrases(self, i):
         return self.scenes[i].phrases
+
     def objects(self, i):
         return [o.box for o in self.scenes[i].objects]
+
 
 def shapes_split(block, part, where):
     size, seed, scenes = block.get("size", 64), block.get("seed", 0), block.get("scenes", dict(train=4000, val=1000, test=1000))

@@ -13,6 +13,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import data
+import shapes
 from data import DataError
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -311,7 +312,7 @@ def test_bert_from_a_local_folder():
 
 
 def test_a_tokenizer_out_of_reach_is_told_or_replaced(tmp_path, monkeypatch):
-    monkeypatch.setattr(data.hub, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     message(lambda: data.load_tokenizer("nobody/no-such-model"), "nobody/no-such-model", "text.name")
     (tmp_path / "tokenizer.json").write_text("{")
     message(lambda: data.load_tokenizer(str(tmp_path)), str(tmp_path))
@@ -433,7 +434,7 @@ def scenes():
     return data.load_split("shapes_train", SHAPES, ".")
 
 
-KINDS = [("small", "large"), tuple(data.COLOURS), tuple(data.OUTLINES)]
+KINDS = [("small", "large"), tuple(shapes.COLOURS), tuple(shapes.OUTLINES)]
 
 
 def fitting(text, objects):
@@ -482,13 +483,12 @@ def test_a_phrase_has_its_span_and_the_boxes_of_all_objects_that_it_fits(scenes)
             for phrase in phrases:
                 outside[phrase.start:phrase.end] = " " * (phrase.end - phrase.start)
             outside = set("".join(outside).replace("left of", "").split())
-            assert not outside & {"shape", "shapes", *data.COLOURS, *data.OUTLINES}, caption  # no noun without a phrase
+            assert not outside & {"shape", "shapes", *shapes.COLOURS, *shapes.OUTLINES}, caption  # no noun without a phrase
 
 
 def test_captions_are_true(scenes):
     relations = counts = 0
     for i in range(len(scenes)):
-        objects = scenes.scenes[i].objects
         for caption, phrases in zip(scenes.captions[i], scenes.phrases(i)):
             for phrase in phrases:
                 number = {"two": 2, "three": 3, "four": 4}.get(phrase.text.split()[0])
@@ -518,7 +518,7 @@ def test_alignment_is_one_to_many_and_many_to_one(scenes):
 
 
 def test_most_captions_name_two_objects_by_colour_and_shape(scenes):
-    clear = [[sum(bool(set(p.text.split()) & set(data.COLOURS)) and "shape" not in p.text for p in phrases) >= 2
+    clear = [[sum(bool(set(p.text.split()) & set(shapes.COLOURS)) and "shape" not in p.text for p in phrases) >= 2
               or re.search("two|three|four", caption) is not None for caption, phrases in zip(scenes.captions[i], scenes.phrases(i))]
              for i in range(len(scenes))]
     assert np.mean([sum(scene) >= 4 for scene in clear]) > .95
@@ -530,7 +530,7 @@ def test_the_pixels_of_an_object_have_its_colour_and_the_ground_is_muted(scenes)
         for o in scenes.scenes[i].objects:
             x0, y0, x1, y1 = (round(64 * v) for v in o.box)
             inside = pixels[y0:y1, x0:x1]
-            near = (np.abs(inside - data.COLOURS[o.words[1]]).max(-1) < 40).mean()
+            near = (np.abs(inside - shapes.COLOURS[o.words[1]]).max(-1) < 40).mean()
             assert near > .2, (i, o, near)
             ground[max(0, y0 - 1):y1 + 1, max(0, x0 - 1):x1 + 1] = False
         assert (np.ptp(pixels[ground], axis=-1) < 60).all()

@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import modules
+import similarity
 from modules import token_similarities, token_similarity
 
 
@@ -40,8 +40,8 @@ def both(v, t, valid, a, w):
 
 @pytest.fixture(params=[(64, 2 ** 22), (1, 1), (2, 60), (4, 300)], ids=str)
 def tiling(request, monkeypatch):
-    monkeypatch.setitem(modules.BLOCK, "cpu", request.param[0])
-    monkeypatch.setitem(modules.TILE, "cpu", request.param[1])
+    monkeypatch.setitem(similarity.BLOCK, "cpu", request.param[0])
+    monkeypatch.setitem(similarity.TILE, "cpu", request.param[1])
 
 
 @pytest.mark.parametrize("shape", [{}, dict(L=1, M=3), dict(I=1, T=3, L=3, M=1), dict(I=2, L=130, T=5, M=40, d=2)], ids=str)
@@ -151,8 +151,8 @@ class Largest(TorchDispatchMode):
 
 
 def test_never_holds_the_four_dimensional_tensor(monkeypatch):
-    monkeypatch.setitem(modules.BLOCK, "cpu", 8)
-    monkeypatch.setitem(modules.TILE, "cpu", 2 ** 15)
+    monkeypatch.setitem(similarity.BLOCK, "cpu", 8)
+    monkeypatch.setitem(similarity.TILE, "cpu", 2 ** 15)
     I, L, T, M, d = 24, 40, 40, 30, 4
     v, t, a, w, valid = sample(I, L, T, M, d, torch.float32)
     with Largest() as largest:

@@ -1,0 +1,178 @@
+"""The token similarity of every image with every caption: exact, without padding, in tiles, with a sparse backward pass."""
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+# Captions per matrix product, and products held at once, by device. Measured: large enough to hide the cost of launching
+# an operation, small enough that on a CPU the maxima read the products from the last-level cache.
+BLOCK, TILE = {"cpu": 64, "cuda": 1024}, {"cpu": 2 ** 22, "cuda": 2 ** 26}
+
+
+def token_similarity(image_tokens, text_tokens, text_valid, image_weight=None, text_weight=None):
+    """`token_similarities` for one weighting: (I,L,d), (T,M,d), (T,M) bool, (I,L), (T,M) -> (I,T)."""
+    return token_similarities(image_tokens, text_tokens, text_valid, [image_weight], [text_weight])[0]
+
+
+def token_similarities(image_tokens, text_tokens, text_valid, image_weights, text_weights):
+    """Similarity of every image with every caption, under W weightings of the same tokens.
+
+        s(i,t) = sum_m w_m max_l <v_l, t_m> / sum_m w_m  +  sum_l a_l max_m <v_l, t_m> / sum_l a_l
+
+    image_tokens (I,L,d), text_tokens (T,M,d), text_valid (T,M) bool, any pattern; image_weights a and text_weights w:
+    W entries each, (I,L) and (T,M), non-negative, None for ones. Returns (W,I,T), in float32 also under autocast,
+    where only the products are in low precision. Every m is a valid token; a caption without any has similarity 0.
+
+    The weightings share the products and the maxima, that is nearly all of the work. Value and gradient are exact
+    (of tied maxima the last takes the gradient) and do not depend on BLOCK and TILE. Memory beside the result:
+    TILE products, and for the backward pass two numbers per (i,l,t) and (i,t,m), never (I,T,L,M).
+    """
+    device = image_tokens.device.type
+    if torch.is_autocast_enabled(device):
+        low = torch.get_autocast_dtype(device)
+        image_tokens, text_tokens = image_tokens.to(low), text_tokens.to(low)
+    dtype = torch.promote_types(image_tokens.dtype, torch.float32)
+
+    def normalise(weights, valid):
+        weights = torch.stack([valid.to(dtype) if w is None else w.to(dtype) * valid for w in weights])
+        return weights / weights.sum(-1, keepdim=True).clamp(min=1e-6)
+
+    with torch.autocast(device, enabled=False):
+        image_weights = normalise(image_weights, torch.ones_like(image_tokens[..., 0], dtype=torch.bool))
+        text_weights = normalise(text_weights, text_valid)
+        inputs = image_tokens, text_tokens, image_weights, text_weights
+        keep = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+        return _TokenSimilarities.apply(*inputs, text_valid, keep)
+
+
+class _TokenSimilarities(torch.autograd.Function):
+    """A maximum passes its gradient to one product only, so the backward pass is a sparse product over the remembered
+    places of the maxima, (L+M)/(L*M) of the dense work; recomputing the products would cost three times the forward."""
+
+    @staticmethod
+    def forward(ctx, image_tokens, text_tokens, image_weights, text_weights, valid, keep):
+        (I, L, _), W, new = image_tokens.shape, len(image_weights), image_weights.new_empty
+        order, tokens, owner, blocks = _pack(valid, BLOCK.get(valid.device.type, 64))
+        N, T = len(tokens), len(order)
+        position = torch.arange(L, device=order.device).to(image_weights)[:, None]
+        result = image_weights.new_zeros(W, I, len(valid))
+        if keep:
+            all_best_region, arg_region = new(I, N), new(I, N, dtype=torch.int32)
+            all_best_word, arg_word = new(I, L, T), new(I, L, T, dtype=torch.int32)
+        for captions, columns, counts in blocks:
+            n, C = sum(counts), counts[0]
+            text = text_tokens.flatten(0, 1)[tokens[columns]].T  # (d,n)
+            step = min(I, max(1, TILE.get(text.device.type, 2 ** 22) // (L * n)))
+            products = new(step * L, n + -n % 16)[:, :n]  # rows that start on a cache line: a tenth faster
+            best_region = all_best_region[:, columns] if keep else new(I, n)
+            best_word = all_best_word[..., captions] if keep else new(step, L, C)
+            similarity = new(W, I, C)
+            for i in range(0, I, step):
+                tile_of = slice(i, i + step)
+                v = image_tokens[tile_of]
+                S = products[:len(v) * L]
+                if v.dtype == S.dtype:
+                    torch.mm(v.flatten(0, 1), text, out=S)
+                else:
+                    S.copy_(torch.mm(v.flatten(0, 1), text))
+                S = S.view(len(v), L, n)
+                region = torch.amax(S, 1, out=best_region[tile_of])  # (i,n)
+                word = _fold(torch.maximum, S, counts, best_word[tile_of] if keep else best_word[:len(v)])  # (i,L,C)
+                similarity[:, tile_of] = (image_weights[:, tile_of].transpose(0, 1) @ word).transpose(0, 1)
+                if keep:
+                    arg_word[tile_of, :, captions] = _column_of(word, S, counts, columns.start)
+                    arg_region[tile_of, columns] = S.eq_(region[:, None]).mul_(position).amax(1)
+            weighted = best_region * text_weights.flatten(1)[:, None, tokens[columns]]  # (W,I,n)
+            similarity += _fold(torch.add, weighted, counts, torch.empty_like(similarity))
+            result[:, :, order[captions]] = similarity
+        if keep:
+            ctx.save_for_backward(image_tokens, text_tokens, image_weights, text_weights, order, tokens, owner,
+                                  all_best_region, arg_region, all_best_word, arg_word)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (image_tokens, text_tokens, image_weights, text_weights, order, tokens, owner,
+         best_region, arg_region, best_word, arg_word) = (x.detach() for x in ctx.saved_tensors)
+        (I, L, d), N, T = image_tokens.shape, len(tokens), len(order)
+        d_image, d_text = torch.zeros_like(image_tokens), torch.zeros_like(text_tokens)
+        d_image_weights, d_text_weights = torch.zeros_like(image_weights), torch.zeros_like(text_weights)
+        text, weight = text_tokens.flatten(0, 1)[tokens].to(grad), text_weights.flatten(1)[:, None, tokens]
+        d_columns, d_weight = grad.new_zeros(N, d), grad.new_zeros(len(grad), N)
+        step = max(1, TILE.get(grad.device.type, 2 ** 22) // max(1, L * N))
+        for i in range(0, I if T else 0, step):
+            tile_of = slice(i, i + step)
+            v = image_tokens[tile_of].flatten(0, 1).to(grad)  # (i*L,d): row r is token r % L of image r // L
+            g = grad[:, tile_of, order]  # (W,i,T)
+            g_token = g[..., owner]  # (W,i,N)
+            d_image_weights[:, tile_of] = (best_word[tile_of] @ g.permute(1, 2, 0)).permute(2, 0, 1)
+            d_weight += (g_token * best_region[tile_of]).sum(1)
+            # d s / d S at the best text column of each (row, caption), and at the best row of each (image, column)
+            row = torch.arange(len(v), dtype=torch.int32, device=v.device)
+            word_value = (image_weights[:, tile_of].permute(1, 2, 0) @ g.transpose(0, 1)).flatten(0, 1)  # (i*L,T)
+            word_column = arg_word[tile_of].flatten(0, 1)
+            region_value = (g_token * weight).sum(0).flatten()  # (i*N)
+            region_row = (arg_region[tile_of] + row[::L, None]).flatten()
+            region_column = torch.arange(N, dtype=torch.int32, device=v.device).repeat(len(v) // L)
+            d_v = F.embedding_bag(word_column, text, mode="sum", per_sample_weights=word_value)
+            d_v += _sparse_matmul(region_row, region_column, region_value, text, len(v))
+            d_image[tile_of] = d_v.view(-1, L, d)
+            d_columns += _sparse_matmul(torch.cat([word_column.flatten(), region_column]),
+                                        torch.cat([row.repeat_interleave(T), region_row]),
+                                        torch.cat([word_value.flatten(), region_value]), v, N)
+        d_text.flatten(0, 1)[tokens] = d_columns.to(d_text)
+        d_text_weights.flatten(1)[:, tokens] = d_weight
+        return d_image, d_text, d_image_weights, d_text_weights, None, None
+
+
+def _pack(valid, block):
+    """Valid tokens as columns without padding: captions sorted by length, longest first, and in each block of captions
+    the first token of every caption, then every second token, ... (as `pack_padded_sequence` does), so that a maximum
+    over tokens is a few vectorised operations on slabs of columns, whatever the lengths.
+
+    valid (T,M) -> order (T',) captions with a token; tokens (N,) flat place in (T*M) of each column; owner (N,) place
+    in `order` of its caption; blocks [(slice of order, slice of columns, captions that have 1, 2, ... tokens)].
+    """
+    lengths, order = valid.sum(1).sort(descending=True, stable=True)
+    order = order[:int((lengths > 0).sum())]
+    place = (~valid).to(torch.uint8).argsort(dim=1, stable=True)  # valid tokens first
+    tokens, owner, blocks, start = [order[:0]], [order[:0]], [], 0
+    for first in range(0, len(order), block):
+        captions = torch.arange(first, min(first + block, len(order)), device=valid.device)
+        used = torch.arange(int(lengths[first]), device=valid.device)[:, None] < lengths[captions]  # (M',C)
+        tokens.append((order[captions] * valid.shape[1] + place[order[captions], :len(used)].T)[used])
+        owner.append(captions.expand_as(used)[used])
+        end = start + len(owner[-1])
+        blocks.append((slice(first, first + len(captions)), slice(start, end), used.sum(1).tolist()))
+        start = end
+    return order, torch.cat(tokens), torch.cat(owner), blocks
+
+
+def _fold(operation, columns, counts, out):
+    """Reduces packed columns (...,n) over the tokens of each caption into out (...,C)."""
+    first, *rest = columns.split(counts, -1)
+    out.copy_(first)
+    for slab in rest:
+        head = out[..., :slab.shape[-1]]
+        operation(head, slab, out=head)
+    return out
+
+
+def _column_of(best, columns, counts, start):
+    """Column that holds the best (...,C) of packed columns (...,n), the first of which is number `start`. In floating
+    point, because on a CPU arg-max and boolean masks are ten times slower; exact below 2**24 columns."""
+    slabs, out, match, offset = columns.split(counts, -1), torch.zeros_like(best), torch.empty_like(best), counts[0]
+    for slab in slabs[1:]:
+        n = slab.shape[-1]
+        torch.eq(slab, best[..., :n], out=match[..., :n])
+        torch.maximum(out[..., :n], match[..., :n].mul_(offset), out=out[..., :n])
+        offset += n
+    return out.add_(torch.arange(start, start + counts[0], device=best.device))
+
+
+def _sparse_matmul(rows, columns, values, table, num_rows):
+    """Sums values[k] * table[columns[k]] into row rows[k] -> (num_rows,d); deterministic, unlike `index_add`."""
+    rows, by_row = rows.sort(stable=True)
+    starts = torch.searchsorted(rows, torch.arange(num_rows + 1, dtype=rows.dtype, device=rows.device), out_int32=True)
+    return F.embedding_bag(columns[by_row], table, starts, mode="sum", per_sample_weights=values[by_row],
+                           include_last_offset=True)
