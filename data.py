@@ -26,6 +26,9 @@ import hub
 from shapes import Scene
 
 PARTS = ("train", "val", "test")
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # not all that Pillow opens: EPS runs Ghostscript
+REPLACEMENTS = 10  # tries for a readable image before skip_bad_images gives up
+MAX_JSON = 2 ** 30  # bytes of a caption file; a small .gz can unpack to any number
 
 
 class DataError(Exception):
@@ -74,7 +77,7 @@ class FileSplit(Split):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
-                image = Image.open(path)
+                image = Image.open(path, formats=FORMATS)
             with image:
                 if size is not None:
                     image.draft("RGB", (2 * size, 2 * size))  # twice: room for crops and for a clean resize
@@ -123,9 +126,9 @@ def load_split(name, datasets, root, check_images=True):
     split.name = name
     require(len(split), f"{name}: the slice is empty: {base} has {len(whole)} images")
     if check_images and isinstance(split, FileSplit):
-        missing = [image for image in split.image_names if not (split.folder / image).is_file()]
+        missing = [image for image in split.image_names if not os.path.isfile(split.folder / image)]
         require(not missing, f"{name}: {len(missing)} of {len(split)} images are missing in {split.folder}, first "
-                f"{', '.join(map(repr, missing[:3]))}: put them there, or change {where}.images or --data-root")
+                f"{', '.join(f'{image!r:.80}' for image in missing[:3])}: put them there, or change {where}.images or --data-root")
     return split
 
 
@@ -163,7 +166,7 @@ def file_split(dataset, block, part, root, where):
     for label, steps, texts in entries:
         for step in steps:
             safe = posixpath.normpath(step.replace("\\", "/")).split("/")[0] != ".." and not PureWindowsPath(step).anchor
-            require(safe, f"{label}: path {step!r} leaves the image folder: use a path relative to it")
+            require(safe, f"{label}: path {step!r:.80} leaves the image folder: use a path relative to it")
         texts = [typed(text, str, f"{label}: caption {k}") for k, text in enumerate(texts)]
         captions.append([text for text in texts if text.strip()])
         require(captions[-1], f"{label} has no caption: add one or remove the entry")
@@ -176,8 +179,10 @@ def read_json(path, folder, dataset):
     zipped = path.with_name(path.name + ".gz")
     file = zipped if zipped.is_file() and not path.is_file() else path
     try:
-        data = file.read_bytes()
-        return file, json.loads((gzip.decompress(data) if file.suffix == ".gz" else data).decode("utf-8-sig"))
+        with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as stream:
+            data = stream.read(MAX_JSON + 1)
+        require(len(data) <= MAX_JSON, f"{file}: holds more than {MAX_JSON:,} bytes: divide it over several data sets")
+        return file, json.loads(data.decode("utf-8-sig"))
     except FileNotFoundError:
         source = " (Karpathy's split file: cs.stanford.edu/people/karpathy/deepimagesent)" * path.name.startswith("dataset_")
         raise DataError(f"{path}: no such file: {dataset} needs {path.name!r}{source} there and its images in {folder}; is "
@@ -357,16 +362,22 @@ def image_transform(size, mean, std, train, crop=(0.6, 1.0)):
 class PairSampler:
     """Batches of (image, text, item seed) of one epoch; the same whatever the number of workers, so that runs resume.
     mode "captions": every caption once an epoch; "images": every image once, with a random caption of it.
-    The caller sets `epoch`, and `start`: how many of the epoch's batches to skip (back to 0 for the next epoch)."""
+    The caller sets `epoch`, and `start`: how many of the epoch's batches to skip (back to 0 for the next epoch).
+    With several ranks, each yields its part of every batch; the parts differ by at most one."""
 
-    def __init__(self, split, batch_size, epoch_mode, seed, drop_last=True):
+    def __init__(self, split, batch_size, epoch_mode, seed, drop_last=True, rank=0, ranks=1):
         require(epoch_mode in ("captions", "images"), f"unknown data.epoch {epoch_mode!r}; valid: captions, images")
+        self.rank, self.ranks = rank, ranks
         self.image_of_text, self.images, self.batch_size = split.image_of_text, len(split), batch_size
         self.mode, self.seed, self.drop_last, self.epoch, self.start = epoch_mode, seed, drop_last, 0, 0
 
     def __len__(self):
-        n = self.images if self.mode == "images" else len(self.image_of_text)
+        n = self.items
         return max(1, n // self.batch_size) if self.drop_last else math.ceil(n / self.batch_size)
+
+    @property
+    def items(self):
+        return self.images if self.mode == "images" else len(self.image_of_text)
 
     def __iter__(self):
         rng = np.random.default_rng([self.seed, self.epoch])
@@ -379,21 +390,38 @@ class PairSampler:
             images = self.image_of_text[texts]
         items = list(zip(images.tolist(), texts.tolist(), rng.integers(2 ** 62, size=len(texts)).tolist()))
         for b in range(self.start, len(self)):
-            yield items[b * self.batch_size:(b + 1) * self.batch_size]
+            batch = items[b * self.batch_size:(b + 1) * self.batch_size]
+            yield batch[len(batch) * self.rank // self.ranks:len(batch) * (self.rank + 1) // self.ranks]
 
 
 class TrainPairs(torch.utils.data.Dataset):
     """(image, text, item seed) -> (image (3, H, W) float32, ids (M,) int64, image); all randomness is the item seed's.
-    flip: probability of mirroring the image, and left and right in its caption: `mirrored` is what mirror_tokens gives."""
+    flip: probability of mirroring the image, and left and right in its caption: `mirrored` is what mirror_tokens gives.
+    skip_bad: another pair, which the seed decides, takes the place of one whose image cannot be read; `bad` (images,) bool
+    notes it, in memory that the data-loading processes share."""
 
-    def __init__(self, split, token_ids, transform, mask_id, word_drop, word_mask, flip=0.0, mirrored=None):
+    def __init__(self, split, token_ids, transform, mask_id, word_drop, word_mask, flip=0.0, mirrored=None, skip_bad=False):
         self.split, self.token_ids, self.transform, self.mirrored = split, token_ids, transform, mirrored
         self.mask_id, self.word_drop, self.word_mask, self.flip = mask_id, word_drop, word_mask, flip
+        self.skip_bad, self.bad = skip_bad, torch.zeros(len(split), dtype=torch.bool).share_memory_()
+
+    def load(self, image, text, seed):
+        """-> (pixels, image, text), of the pair asked for or of one in its place."""
+        size, others = self.transform.size, np.random.default_rng([seed, 1])
+        for _ in range(REPLACEMENTS if self.skip_bad else 0):
+            try:
+                return self.split.load_image(image, size), image, text
+            except DataError:
+                self.bad[image] = True
+            text = int(others.integers(len(self.token_ids)))
+            image = int(self.split.image_of_text[text])
+        return self.split.load_image(image, size), image, text
 
     def __getitem__(self, item):
         image, text, seed = item
         rng = np.random.default_rng(seed)
-        pixels, ids = self.split.load_image(image, self.transform.size), self.token_ids[text]
+        pixels, image, text = self.load(image, text, seed)
+        ids = self.token_ids[text]
         if rng.random() < self.flip:
             pixels, ids = ImageOps.mirror(pixels), self.mirrored.get(text, ids)
         ids = augment_tokens(ids, rng, self.word_drop, self.word_mask, self.mask_id)

@@ -2,128 +2,35 @@
 
     python train_grm.py --config configs.yaml --backbone vit_b_224        COCO, pretrained encoders
     python train_grm.py --config configs.yaml --backbone vit_micro        built-in scenes, nothing to download
+    torchrun --nproc_per_node=4 train_grm.py ...                          four GPUs, which share every batch
 
-A run folder (default runs/<backbone>-<data>) gets config.yaml, metrics.jsonl, last.pt (everything, for --resume) and
-best.pt (the weights that did best on the validation split).
+A run folder (default runs/<backbone>-<data>) gets config.yaml, metrics.jsonl, last.pt (everything, for --resume; the one
+before it is last.prev.pt) and best.pt (the weights that did best on the validation split).
 """
 import argparse
-import copy
+import contextlib
 import json
 import math
 import os
 import signal
 import sys
 import time
+import warnings
+import zipfile
 from pathlib import Path
 
 import torch
 import yaml
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
 import eval_grm
+import hub
 import modules
-
-
-class ConfigError(Exception):
-    """A setting that does not exist or cannot be; the message is one line."""
-
-
-# ---------------------------------------------------------------------------------------------------------- configuration
-
-SECTIONS = ("image", "text", "model", "loss", "augment", "data", "train")
-FREE = ("image.options", "text.options", "datasets")           # below these, --set may add keys
-AT_LEAST = {"train.epochs": 1, "train.max_steps": 1, "train.batch_size": 1, "train.micro_batch": 1, "train.log_every": 1,
-            "train.val_every": 1, "image.size": 1, "text.max_length": 3, "model.dim": 1, "model.num_prompts": 1,
-            "data.workers": 0, "train.warmup": 0, "train.weight_decay": 0}
-POSITIVE = ("model.tau", "loss.temperature", "train.lr", "train.clip")
-CHOICES = {"loss.kind": ("infonce", "triplet"), "data.epoch": ("captions", "images")}
-
-
-def load_config(path: str, backbone: str, dataset: str | None = None, data_root: str | None = None, sets=()) -> dict:
-    """The resolved configuration: defaults <- the data set's `config` <- the backbone <- flags and --set key=value."""
-    try:
-        blocks = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read the configuration '{path}': {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"'{path}' is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(blocks, dict) or not all(isinstance(blocks.get(k), dict) for k in ("defaults", "backbones", "datasets")):
-        raise ConfigError(f"'{path}' needs the blocks defaults, backbones and datasets")
-    if backbone not in blocks["backbones"]:
-        raise ConfigError(f"unknown backbone '{backbone}'; valid: {', '.join(blocks['backbones'])}")
-    special = blocks["backbones"][backbone]
-    name = dataset or special.get("data", {}).get("name")
-    if name not in blocks["datasets"]:
-        raise ConfigError(f"unknown data set '{name}'; valid: {', '.join(blocks['datasets'])}")
-    config = copy.deepcopy(blocks["defaults"])
-    merge(config, blocks["datasets"][name].get("config") or {}, f"datasets.{name}.config")
-    merge(config, special, f"backbones.{backbone}")
-    config |= {"backbone": backbone, "datasets": blocks["datasets"]}
-    config["data"]["name"] = name
-    if data_root:
-        config["data"]["root"] = data_root
-    for item in sets:
-        set_key(config, item)
-    check(config)
-    return config
-
-
-def merge(into: dict, new: dict, where: str):
-    for key, value in new.items():
-        if key not in into:
-            raise ConfigError(f"unknown key '{key}' in {where}; valid: {', '.join(into)}")
-        if isinstance(into[key], dict) and key != "options":
-            merge(into[key], value, f"{where}.{key}")
-        else:
-            into[key] = value
-
-
-def set_key(config: dict, item: str):
-    """One --set key=value, the key dotted, the value YAML."""
-    key, equals, text = item.partition("=")
-    if not equals:
-        raise ConfigError(f"--set takes key=value, got '{item}'")
-    *path, last = key.split(".")
-    block = config
-    for part in path:
-        block = block.get(part) if isinstance(block, dict) else None
-    settable = isinstance(block, dict) and (key.startswith(FREE) or last in block and not isinstance(block[last], dict))
-    if not settable:
-        valid = [f"{s}.{k}" for s in SECTIONS for k in config[s]]
-        raise ConfigError(f"unknown key '{key}'; valid: {', '.join(valid)}")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"--set {key}: '{text}' is not a YAML value") from None
-    if isinstance(value, str):
-        try:
-            value = float(value)                               # YAML reads 2e-4, without a dot, as text
-        except ValueError:
-            pass
-    old = block.get(last)
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    fits = (old is None or value is None or isinstance(value, type(old)) or isinstance(old, float) and number)
-    if not fits or isinstance(old, int) and not isinstance(old, bool) and isinstance(value, bool):
-        raise ConfigError(f"--set {key}: '{text}' is not a {type(old).__name__}, as {old!r} is")
-    block[last] = value
-
-
-def check(config: dict):
-    """Values that no run can use, before anything is read."""
-    get = lambda key: config[key.split(".")[0]][key.split(".")[1]]
-    for key, least in AT_LEAST.items():
-        if get(key) is not None and not (isinstance(get(key), (int, float)) and get(key) >= least):
-            raise ConfigError(f"{key} is {get(key)!r}; it must be at least {least}")
-    for key in POSITIVE:
-        if not get(key) > 0:
-            raise ConfigError(f"{key} is {get(key)!r}; it must be above 0")
-    for key, valid in CHOICES.items():
-        if get(key) not in valid:
-            raise ConfigError(f"{key} is '{get(key)}'; valid: {', '.join(valid)}")
-    if not any(config["loss"][level] for level in modules.LEVELS):
-        raise ConfigError("loss.ori, loss.key and loss.unc are all 0: nothing is left to learn from")
+import ranks
+from config import ConfigError, load_config
 
 
 # ------------------------------------------------------------------------------------------------------- one training step
@@ -148,70 +55,108 @@ def parameter_groups(model: modules.GRM, train: dict, pretrained: dict[str, bool
 
 
 def gradients(model, batch: dict, loss: dict, micro_batch: int | None, scale=lambda x: x):
-    """Backward pass of one batch -> loss, terms, features (detached).
+    """Backward pass of one batch -> loss, terms, features (detached). model: a GRM, or DistributedDataParallel around a
+    ranks.SharedLoss; then batch and features are this rank's part, and loss, terms and the gradient are the whole batch's.
 
     With micro_batch, gradient caching (Gao et al., 2021): encode the batch in parts without a graph, take the loss and its
     gradient with respect to the features over the whole batch, then encode each part again, under the same random numbers,
     and carry the cached gradient on. Same gradient, memory of one part.
     """
+    parallel = model if isinstance(model, DistributedDataParallel) else None
+    shared = parallel.module if parallel else ranks.SharedLoss(model)
     inputs = batch["images"], batch["ids"], batch["valid"]
     size = len(batch["images"])
     if not micro_batch or micro_batch >= size:
-        image, text = model(*inputs)
-        total, terms = model.loss(image, text, batch["image_ids"], loss)
+        total, terms, image, text = (parallel or shared)(inputs, batch["image_ids"], loss)
         scale(total).backward()
-        return total.detach(), terms, image, text
+        return *mean_over_ranks(total, terms), image, text
     parts = [tuple(x[start:start + micro_batch] for x in inputs) for start in range(0, size, micro_batch)]
     random_states, encoded = [], []
     with torch.no_grad():
         for part in parts:
             random_states.append(random_state())
-            encoded.append(model(*part))
+            encoded.append(shared.model(*part))
     joined = [kind(*(torch.cat(x) for x in zip(*features)))                       # leaves that collect the gradient
               for kind, features in zip((modules.ImageFeatures, modules.TextFeatures), zip(*encoded))]
     for feature in (*joined[0], *joined[1]):
         feature.requires_grad_(feature.is_floating_point())
-    total, terms = model.loss(*joined, batch["image_ids"], loss)
+    total, terms = shared.loss(*joined, batch["image_ids"], loss)
     scale(total).backward()
     after = random_state()
     cached = [feature.grad for feature in (*joined[0], *joined[1])]
     for n, part in enumerate(parts):
         set_random_state(random_states[n])
-        image, text = model(*part)
-        wanted = [(x, g[n * micro_batch:n * micro_batch + len(x)]) for x, g in zip((*image, *text), cached) if g is not None]
-        torch.autograd.backward(*zip(*((x, g) for x, g in wanted if x.requires_grad)))
+        rows = slice(n * micro_batch, (n + 1) * micro_batch)
+        last = n == len(parts) - 1                             # the ranks exchange what all parts have added up
+        with parallel.no_sync() if parallel and not last else contextlib.nullcontext():
+            (parallel or shared)(part, cached=[g if g is None else g[rows] for g in cached]).backward()
     set_random_state(after)
-    return total.detach(), terms, *joined
+    return *mean_over_ranks(total, terms), *joined
+
+
+def mean_over_ranks(total, terms: dict):
+    """The whole batch's loss and terms, detached, from what each rank has of them."""
+    total, *values = (ranks.sum_over(torch.stack([total.detach(), *terms.values()])) / ranks.count()).unbind()
+    return total, dict(zip(terms, values))
 
 
 def random_state() -> list[torch.Tensor]:
-    return [torch.get_rng_state()] + (torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
+    """What torch draws from in this process: the CPU's state and, with a GPU, that of the current one."""
+    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])
 
 
 def set_random_state(state: list[torch.Tensor]):
-    torch.set_rng_state(state[0])
-    if len(state) > 1:
-        torch.cuda.set_rng_state_all(state[1:])
+    torch.set_rng_state(state[0].clone())                      # of a view, torch.set_rng_state reads the wrong memory
+    if len(state) > 1 and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state[1].clone())
 
 
-# -------------------------------------------------------------------------------------------------------------- the run
+# ------------------------------------------------------------------------------------------------ files of the run folder
 
-def save(path: Path, checkpoint: dict):
-    """Whole or not at all: written beside, flushed, then renamed over the old one."""
+def save(path: Path, checkpoint: dict, previous: Path | None = None):
+    """Whole or not at all, whenever the power fails: written beside, flushed to the disk, renamed. What `path` held before
+    becomes `previous`."""
     beside = path.with_suffix(".tmp")
-    with open(beside, "wb") as file:
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    try:
+        with open(beside, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if previous and path.exists():
+            os.replace(path, previous)
+        os.replace(beside, path)
+        if hasattr(os, "O_DIRECTORY"):                         # the names as well; Windows cannot
+            folder = os.open(path.parent, os.O_DIRECTORY)
+            os.fsync(folder)
+            os.close(folder)
+    except (OSError, RuntimeError) as error:
+        raise eval_grm.CheckpointError(f"'{path}' cannot be written ({hub.one_line(error)}); what was saved before is "
+                                       "intact: make room and go on with --resume") from None
+
+
+def load_last(out: Path) -> dict:
+    """last.pt, or, with a warning, the one before it where last.pt is damaged or was just being replaced."""
+    found = [path for path in (out / "last.pt", out / "last.prev.pt") if path.exists()]
+    if not found:
+        raise ConfigError(f"--resume: '{out}' holds no last.pt; name the run's folder with --out, or leave --resume out")
+    for path in found:
+        try:
+            checkpoint = eval_grm.load_checkpoint(path)
+            with zipfile.ZipFile(path) as archive:             # torch.load compares no checksums
+                if damaged := archive.testzip():
+                    raise eval_grm.CheckpointError(f"'{path}' is damaged ({damaged} fails its checksum)")
+            if lacking := STATE - checkpoint.keys():
+                raise eval_grm.CheckpointError(f"'{path}' cannot be resumed: it holds no {', '.join(sorted(lacking))}")
+            return checkpoint
+        except eval_grm.CheckpointError as error:
+            if path == found[-1]:
+                raise
+            warnings.warn(f"{error}: going on from {found[-1].name}, the one before")
 
 
 def prepare_folder(out: Path, resume: bool):
     """An earlier run in the folder is kept under another name unless it is resumed."""
-    if resume:
-        if not (out / "last.pt").exists():
-            raise ConfigError(f"--resume: '{out}' holds no last.pt; name the run's folder with --out, or start without --resume")
-    elif (out / "metrics.jsonl").exists():
+    if not resume and (out / "metrics.jsonl").exists():
         number = 1
         while (kept := out.with_name(f"{out.name}.{number}")).exists():
             number += 1
@@ -220,160 +165,356 @@ def prepare_folder(out: Path, resume: bool):
     out.mkdir(parents=True, exist_ok=True)
 
 
-def run(args):
-    config = load_config(args.config, args.backbone, args.data, args.data_root, args.set)
-    out = Path(args.out or f"runs/{args.backbone}-{config['data']['name']}")
-    train, loss = config["train"], config["loss"]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.manual_seed(train["seed"])
-    if train["deterministic"]:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
+# -------------------------------------------------------------------------------------------------------------- the run
 
-    # data, all of it checked before the first step
-    name, datasets, root = config["data"]["name"], config["datasets"], config["data"]["root"]
-    names = data.split_names(datasets)
-    split_of = {part: [s for s, (owner, p, _) in names.items() if (owner, p) == (name, part)] for part in ("train", "val", "test")}
-    train_split = data.load_split(split_of["train"][0], datasets, root)
-    val_split = data.load_split(config["data"]["val_split"] or split_of["val"][0], datasets, root)
-    resumed = eval_grm.load_checkpoint(out / "last.pt") if args.resume and (out / "last.pt").exists() else None
-    tokenizer = (data.tokenizer_from_state(resumed["tokenizer"]) if resumed else
-                 data.load_tokenizer(config["text"]["name"], None if config["text"]["pretrained"] else train_split.texts))
+class Stopped(BaseException):
+    """SIGINT or SIGTERM arrived; not an Exception, so that nothing takes it for a failure of its own."""
 
-    model = modules.build_grm(config, len(tokenizer), tokenizer.pad_token_id,
-                              resumed and resumed["text_config"], pretrained=resumed is None).to(device)
-    optimizer = torch.optim.AdamW(parameter_groups(model, train, {
-        "image_encoder": config["image"]["pretrained"], "text_encoder": config["text"]["pretrained"]}), fused=device.type == "cuda")
-    amp = eval_grm.amp_context(config, device)
-    scaler = torch.amp.GradScaler(device.type, enabled=amp._enabled and amp.fast_dtype == torch.float16)
 
-    mean, std = modules.image_statistics(config["image"]["name"])
-    augment = config["augment"]
-    transform = data.image_transform(config["image"]["size"], mean, std, train=True, crop=augment["crop"])
-    texts, longest = train_split.texts, config["text"]["max_length"]
-    pairs = data.TrainPairs(train_split, data.tokenize(tokenizer, texts, longest), transform, tokenizer.mask_token_id,
-                            augment["word_drop"], augment["word_mask"], augment["flip"],
-                            data.mirror_tokens(tokenizer, texts, longest))
-    sampler = data.PairSampler(train_split, train["batch_size"], config["data"]["epoch"], train["seed"])
-    loader = DataLoader(pairs, batch_sampler=sampler, collate_fn=data.Collate(tokenizer.pad_token_id),
-                        num_workers=config["data"]["workers"], pin_memory=device.type == "cuda",
-                        generator=torch.Generator())       # its own, or starting an epoch would move the model's random numbers
-    total_steps = min(train["epochs"] * len(sampler), train["max_steps"] or math.inf)
+class Stop:
+    """SIGINT and SIGTERM: a training step is finished first (`requested`), but `with stop.at_once():` they raise Stopped."""
 
-    step, best = 0, -1.0
-    prepare_folder(out, args.resume)
-    if resumed:
-        model.load_state_dict(resumed["model"])
-        optimizer.load_state_dict(resumed["optimizer"])
-        scaler.load_state_dict(resumed["scaler"])
-        step, best = resumed["step"], resumed["best"]
-        set_random_state(resumed["random_state"])
-    (out / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-    metrics = open(out / "metrics.jsonl", "a", buffering=1)
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-        board = SummaryWriter(out)
-    except ImportError:
-        board = None
+    def __init__(self):
+        self.requested, self.immediate, self.process = False, False, os.getpid()
+        self.before = {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def log(record: dict):
-        metrics.write(json.dumps(record) + "\n")
-        for key, value in record.items() if board else ():
-            if isinstance(value, (int, float)) and key != "step":
-                board.add_scalar(key, value, record["step"])
+    def receive(self, number, frame):
+        if os.getpid() == self.process:                        # not in a copy of it that loads data
+            self.requested = True
+            if self.immediate:
+                raise Stopped
 
-    def checkpoint() -> dict:
-        return {"model": model.state_dict(), "config": config, "tokenizer": data.tokenizer_state(tokenizer),
-                "text_config": model.text_encoder.config.to_dict(), "step": step, "best": best}
+    @contextlib.contextmanager
+    def at_once(self):
+        self.immediate = True
+        try:
+            if self.requested:
+                raise Stopped
+            yield
+        finally:
+            self.immediate = False
 
-    def save_last():
-        save(out / "last.pt", checkpoint() | {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-                                              "random_state": random_state()})
+    def release(self):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
-    stop = []
+
+def leave_signals_to_the_run(worker: int):
+    """A shell's Ctrl-C and a scheduler's SIGTERM reach data-loading processes too, which the last step still needs."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda signum, frame: stop.append(signum))
+        signal.signal(number, signal.SIG_IGN)
 
-    count = sum(p.numel() for p in model.parameters())
-    print(f"{args.backbone} on {name}: {len(train_split):,} images, {len(train_split.texts):,} captions, {count / 1e6:.1f} M "
-          f"parameters, {total_steps:,} steps of {train['batch_size']} on {device}; run folder {out}")
-    trained, seen, since = 0.0, 0, time.perf_counter()
-    bar = tqdm(total=total_steps, initial=step, desc="train", unit="step", dynamic_ncols=True,
-               mininterval=0.5 if sys.stderr.isatty() else 15)
-    while step < total_steps:
-        sampler.epoch, sampler.start = divmod(step, len(sampler))
-        model.train()
-        for batch in loader:
-            batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
-            factor = learning_rate(step, total_steps, train["warmup"])
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * factor
-            optimizer.zero_grad(set_to_none=True)
-            with amp:
-                value, terms, image, text = gradients(model, batch, loss, train["micro_batch"], scaler.scale)
-            scaler.unscale_(optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), train["clip"])
-            scaler.step(optimizer)
-            scaler.update()
-            step += 1
-            seen += len(batch["images"])
-            if step % train["log_every"] == 0 or step == total_steps:
-                now = time.perf_counter()
-                rate, seen, trained, since = seen / (now - since), 0, trained + now - since, now
-                if not math.isfinite(value.item()):
-                    raise ConfigError(f"the loss is {value.item()} at step {step}; try a lower train.lr, or train.amp=false")
-                record = {"step": step, "epoch": sampler.epoch, "loss": value.item(), "lr": train["lr"] * factor,
-                          "grad_norm": norm.item(), "images_per_s": round(rate, 2)}
-                record |= {f"loss_{key}": term.item() for key, term in terms.items()}
-                record |= {key: figure.item() for key, figure in modules.diagnostics(image, text).items()}
-                log(record)
-                bar.set_postfix_str(f"loss {record['loss']:.3f} lr {record['lr']:.1e} {rate:.0f} img/s", refresh=False)
-            bar.update()
-            if stop or step == total_steps:
+
+STATE = {"optimizer", "scaler", "random_state", "step", "best", "validated", "skipped", "bad_images", "metrics_size",
+         "trained"}                                            # what last.pt holds beside what every checkpoint does
+
+
+class Run:
+    """A training run: its parts, its state (all of which last.pt holds), and the loop."""
+
+    def __init__(self, config: dict, out: Path, device: torch.device, resume: bool, stop: Stop):
+        self.config, self.out, self.device, self.stop = config, out, device, stop
+        self.step, self.best, self.trained = 0, -1.0, 0.0      # steps done; best validation rSum; seconds of training
+        self.validated = 0                                     # step of the last validation
+        self.skipped, self.skipped_in_a_row = 0, 0             # steps whose loss or gradient was not finite
+        self.saved_at = time.perf_counter()
+        torch.manual_seed(config["train"]["seed"])
+        if config["train"]["deterministic"]:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+        self.load_splits()
+        resumed = load_last(out) if resume else None
+        self.tokenizer = (data.tokenizer_from_state(resumed["tokenizer"]) if resumed else data.load_tokenizer(
+            config["text"]["name"], None if config["text"]["pretrained"] else self.train_split.texts))
+        self.build_loader()
+        self.build_model(resumed)
+        if ranks.rank() == 0:
+            prepare_folder(out, resume)
+            (out / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+        ranks.wait()
+        if resumed:
+            self.restore(resumed)
+        elif ranks.rank():
+            torch.manual_seed(config["train"]["seed"] + ranks.rank())     # weights alike, noise each rank's own
+        self.open_logs(resumed)
+
+    # ---- its parts
+
+    def load_splits(self):
+        """All data checked before the first step."""
+        config = self.config["data"]
+        self.names = data.split_names(self.config["datasets"])
+        self.splits_of = {part: [s for s, (owner, p, _) in self.names.items() if (owner, p) == (config["name"], part)]
+                          for part in data.PARTS}
+        self.train_split = self.load_split(self.splits_of["train"][0])
+        self.val_split = self.load_split(config["val_split"] or self.splits_of["val"][0])
+
+    def load_split(self, name: str) -> data.Split:
+        return data.load_split(name, self.config["datasets"], self.config["data"]["root"])
+
+    def build_loader(self):
+        config, train, augment = self.config, self.config["train"], self.config["augment"]
+        transform = data.image_transform(config["image"]["size"], *modules.image_statistics(config["image"]["name"]),
+                                         train=True, crop=augment["crop"])
+        texts, longest = self.train_split.texts, config["text"]["max_length"]
+        self.pairs = data.TrainPairs(
+            self.train_split, data.tokenize(self.tokenizer, texts, longest), transform, self.tokenizer.mask_token_id,
+            augment["word_drop"], augment["word_mask"], augment["flip"], data.mirror_tokens(self.tokenizer, texts, longest),
+            skip_bad=config["data"]["skip_bad_images"])
+        self.sampler = data.PairSampler(self.train_split, train["batch_size"], config["data"]["epoch"], train["seed"],
+                                        rank=ranks.rank(), ranks=ranks.count())
+        smallest = min(train["batch_size"], self.sampler.items)
+        if smallest < ranks.count():
+            raise ConfigError(f"a batch of {smallest} cannot be shared by {ranks.count()} processes: "
+                              "raise train.batch_size or lower --nproc_per_node")
+        self.loader = DataLoader(
+            self.pairs, batch_sampler=self.sampler, collate_fn=data.Collate(self.tokenizer.pad_token_id),
+            num_workers=config["data"]["workers"], pin_memory=self.device.type == "cuda",
+            worker_init_fn=leave_signals_to_the_run,
+            generator=torch.Generator())                       # its own: an epoch's start moves nobody's random numbers
+        self.total_steps = min(train["epochs"] * len(self.sampler), train["max_steps"] or math.inf)
+
+    def build_model(self, resumed: dict | None):
+        config, train = self.config, self.config["train"]
+        self.model = modules.build_grm(config, len(self.tokenizer), self.tokenizer.pad_token_id,
+                                       resumed and resumed["text_config"], pretrained=resumed is None).to(self.device)
+        self.parallel = ranks.parallel(self.model)
+        self.optimizer = torch.optim.AdamW(parameter_groups(self.model, train, {
+            "image_encoder": config["image"]["pretrained"], "text_encoder": config["text"]["pretrained"]}),
+            fused=self.device.type == "cuda")
+        self.amp = eval_grm.amp_context(config, self.device)
+        self.scaler = torch.amp.GradScaler(self.device.type,
+                                           enabled=self.amp._enabled and self.amp.fast_dtype == torch.float16)
+
+    def open_logs(self, resumed: dict | None):
+        self.metrics = self.board = None
+        if ranks.rank():
+            return
+        self.metrics = open(self.out / "metrics.jsonl", "ab", buffering=0)
+        if resumed and self.metrics.tell() > resumed["metrics_size"]:      # steps that are done again are logged again
+            self.metrics.truncate(resumed["metrics_size"])
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+            self.board = SummaryWriter(self.out, purge_step=self.step + 1 if resumed else None)
+        except ImportError:
+            pass
+
+    # ---- its state
+
+    def checkpoint(self) -> dict:
+        return {"model": self.model.state_dict(), "config": self.config, "tokenizer": data.tokenizer_state(self.tokenizer),
+                "text_config": self.model.text_encoder.config.to_dict(), "step": self.step, "best": self.best}
+
+    def save_last(self):
+        states = [ranks.gather(x.to(self.device)[None]).cpu() for x in random_state()]     # each (R, bytes)
+        bad_images = self.bad_images()
+        if ranks.rank() == 0:
+            state = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "random_state": states,
+                     "validated": self.validated, "skipped": [self.skipped, self.skipped_in_a_row], "bad_images": bad_images,
+                     "metrics_size": self.metrics.tell(), "trained": self.trained}
+            save(self.out / "last.pt", self.checkpoint() | state, self.out / "last.prev.pt")
+        ranks.wait()
+        self.saved_at = time.perf_counter()
+
+    def restore(self, last: dict):
+        try:
+            self.model.load_state_dict(last["model"])
+            self.optimizer.load_state_dict(last["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            raise ConfigError(f"--resume: the settings do not fit the run in '{self.out}' ({hub.one_line(error)}): repeat "
+                              "its own command, or choose another --out") from None
+        self.scaler.load_state_dict(last["scaler"])
+        self.step, self.best, self.validated, self.trained = (last[key] for key in ("step", "best", "validated", "trained"))
+        self.skipped, self.skipped_in_a_row = last["skipped"]
+        if last["bad_images"].shape == self.pairs.bad.shape:
+            self.pairs.bad |= last["bad_images"]
+        if len(last["random_state"][0]) == ranks.count():
+            set_random_state([states[ranks.rank()] for states in last["random_state"]])
+        else:
+            warnings.warn(f"the run had {len(last['random_state'][0])} processes and has {ranks.count()} now: it goes on "
+                          f"from step {self.step} with other random numbers")
+            torch.manual_seed(self.config["train"]["seed"] + self.step + ranks.rank())
+
+    def log(self, record: dict):
+        if self.metrics:
+            self.metrics.write(json.dumps({"step": self.step} | record).encode() + b"\n")
+        for key, value in record.items() if self.board else ():
+            if isinstance(value, (int, float)) and key != "step":
+                self.board.add_scalar(key, value, self.step)
+
+    # ---- the loop
+
+    def train(self):
+        with tqdm(total=self.total_steps, initial=self.step, desc="train", unit="step", dynamic_ncols=True,
+                  mininterval=0.5 if sys.stderr.isatty() else 15, disable=ranks.rank() > 0) as self.bar:
+            while self.step < self.total_steps or self.validation_due():
+                if not self.validation_due():
+                    self.train_epoch()
+                    self.save_last()
+                if self.validation_due():
+                    with self.stop.at_once():
+                        self.validate()
+                    self.save_last()
+
+    def validation_due(self) -> bool:
+        epochs, within = divmod(self.step, len(self.sampler))
+        ended = self.step == self.total_steps or within == 0 and epochs and epochs % self.config["train"]["val_every"] == 0
+        return bool(ended) and self.validated != self.step
+
+    def train_epoch(self):
+        """The rest of the epoch that self.step lies in."""
+        self.sampler.epoch, self.sampler.start = divmod(self.step, len(self.sampler))
+        self.since, self.seen = time.perf_counter(), 0
+        self.model.train()
+        for batch in self.loader:
+            self.train_step({key: value.to(self.device, non_blocking=True) for key, value in batch.items()})
+            self.bar.update()
+            late = time.perf_counter() - self.saved_at >= 60 * self.config["train"]["save_minutes"]
+            stop, late = ranks.sum_over(torch.tensor([self.stop.requested, late], device=self.device).int()).tolist()
+            if self.step == self.total_steps:
                 break
-        if stop:
-            save_last()
-            bar.close()
-            raise SystemExit(f"stopped at step {step} of {total_steps}; {out / 'last.pt'} is saved: repeat the command with --resume to go on")
-        epochs_done = step // len(sampler)
-        if epochs_done % train["val_every"] == 0 or step == total_steps:
-            started = time.perf_counter()
-            results, = eval_grm.evaluate(model, val_split, tokenizer, config, device, progress=sys.stderr.isatty())
-            figures = results["combined"]
-            log({"step": step, "epoch": sampler.epoch, "val_split": val_split.name, "val_rsum": figures["rsum"], "val": results,
-                 "train_seconds": round(trained, 1)})
-            improved = figures["rsum"] > best
-            if improved:
-                best = figures["rsum"]
-                save(out / "best.pt", checkpoint())
-            bar.write(f"epoch {epochs_done} step {step}: {val_split.name} rSum {figures['rsum']:.1f}"
-                      + " (" + ", ".join(f"{k} {v['rsum']:.1f}" for k, v in results.items() if k != "combined") + ")"
-                      + (", best so far" if improved else "") + f", {time.perf_counter() - started:.0f} s")
-        save_last()
-        since, seen = time.perf_counter(), 0
-    bar.close()
-    print(f"trained {step} steps" + (f", {trained:.0f} s of training in this call" if trained else ""))
-    final_table(out, config, split_of, names, tokenizer, model, device)
+            if stop or late:
+                self.save_last()
+            if stop:
+                raise Stopped
+
+    def train_step(self, batch: dict):
+        train = self.config["train"]
+        factor = learning_rate(self.step, self.total_steps, train["warmup"])
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
+        self.optimizer.zero_grad(set_to_none=True)
+        with self.amp:
+            loss, terms, image, text = gradients(self.parallel, batch, self.config["loss"], train["micro_batch"],
+                                                 self.scaler.scale)
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), train["clip"])
+        loss, norm = torch.stack([loss, norm]).tolist()        # the same on every rank
+        finite = math.isfinite(loss) and (math.isfinite(norm) or self.scaler.is_enabled())     # an overflow is the scaler's
+        if finite:
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.step += 1
+        self.seen += len(batch["images"]) * ranks.count()
+        if not finite:
+            self.count_bad_step(loss, norm, batch)
+            return
+        self.skipped_in_a_row = 0
+        if self.step % train["log_every"] == 0 or self.step == self.total_steps:
+            now = time.perf_counter()
+            rate, self.trained = self.seen / (now - self.since), self.trained + now - self.since
+            self.seen, self.since = 0, now
+            record = {"epoch": self.sampler.epoch, "loss": loss, "lr": train["lr"] * factor, "grad_norm": norm,
+                      "images_per_s": round(rate, 2), "skipped_steps": self.skipped}
+            record |= {f"loss_{key}": term.item() for key, term in terms.items()}
+            record |= {key: figure.item() for key, figure in modules.diagnostics(image, text).items()}
+            self.log(record)
+            self.bar.set_postfix_str(f"loss {loss:.3f} lr {record['lr']:.1e} {rate:.0f} img/s", refresh=False)
+
+    def count_bad_step(self, loss: float, norm: float, batch: dict):
+        """A step whose loss or gradient is not finite has left the weights alone; a few in a row end the run."""
+        self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+        what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
+        images = [self.train_split.image_names[i] for i in ranks.gather(batch["image_ids"]).tolist()]
+        self.log({"skipped": what, "images": images})
+        if ranks.rank() == 0:
+            self.bar.write(f"step {self.step} is skipped: {what}; images {', '.join(images[:3])} ... (see metrics.jsonl)")
+        if self.skipped_in_a_row >= self.config["train"]["max_bad_steps"]:
+            raise ConfigError(f"{what} at step {self.step}, the {self.skipped_in_a_row}th step in a row that is not finite; "
+                              f"{self.out / 'last.pt'} is from before: try a lower train.lr, or train.amp=false")
+
+    def validate(self):
+        started = time.perf_counter()
+        ranks.broadcast(self.model.buffers())                  # batch norm's statistics, if any, are each rank's own
+        results, = self.evaluate(self.val_split)
+        rsum = results["combined"]["rsum"]
+        self.log({"epoch": self.sampler.epoch, "val_split": self.val_split.name, "val_rsum": rsum, "val": results,
+                  "train_seconds": round(self.trained, 1)})
+        improved = rsum > self.best
+        self.validated = self.step
+        if improved:
+            self.best = rsum
+            if ranks.rank() == 0:
+                save(self.out / "best.pt", self.checkpoint())
+        if ranks.rank() == 0:
+            epochs = self.step // len(self.sampler)
+            self.bar.write(f"epoch {epochs} step {self.step}: {self.val_split.name} rSum {rsum:.1f} ("
+                           + ", ".join(f"{k} {v['rsum']:.1f}" for k, v in results.items() if k != "combined") + ")"
+                           + (", best so far" if improved else "") + f", {time.perf_counter() - started:.0f} s")
+
+    def evaluate(self, split: data.Split, folds=(1,)) -> list[dict]:
+        try:
+            return eval_grm.evaluate(self.model, split, self.tokenizer, self.config, self.device, folds=folds,
+                                     progress=sys.stderr.isatty() and ranks.rank() == 0)
+        except ValueError as error:                            # a NaN among the similarities
+            raise ConfigError(f"{split.name}, step {self.step}: {error}: try a lower train.lr, or train.amp=false") from None
+
+    def final_table(self):
+        """best.pt on the test split, or on the validation split where the data has no test part."""
+        if ranks.rank() == 0:
+            best = eval_grm.load_checkpoint(self.out / "best.pt")
+            self.model.load_state_dict(best["model"])
+            self.step = best["step"]
+        ranks.broadcast(self.model.state_dict().values())
+        try:
+            splits = self.splits_of["test"]
+            split = self.load_split(splits[0])
+        except data.DataError as error:
+            say(f"no test split ({error}); the table is of the validation split, on which best.pt was chosen")
+            splits, split = [self.val_split.name], self.val_split
+        folds = {name: self.names[name.split("[")[0]][2] for name in splits}
+        folds = {name: f for name, f in folds.items() if f <= len(split)}
+        for (name, f), results in zip(folds.items(), self.evaluate(split, list(folds.values()))):
+            say(f"\n{name}: best.pt (step {self.step}), {len(split):,} images, {len(split.texts):,} captions"
+                + (f", mean of {f} folds" * (f > 1)) + f"\n{eval_grm.figures_table(results)}")
+            self.log({"test_split": name, "test": results})
+        say(f"test rSum {results['combined']['rsum']:.1f}")
+
+    def bad_images(self) -> torch.Tensor:
+        """(images,) bool: those that could not be read, in the loading processes of all ranks."""
+        return ranks.sum_over(self.pairs.bad.int().to(self.device)).bool().cpu()
+
+    def report_bad_images(self):
+        names = [self.train_split.image_names[i] for i in self.bad_images().nonzero().flatten().tolist()]
+        if names:
+            self.log({"bad_images": names})
+            say(f"{len(names)} images could not be read, and others took their place: {', '.join(names[:10])}"
+                + ", ... (all in metrics.jsonl)" * (len(names) > 10))
 
 
-def final_table(out: Path, config: dict, split_of: dict, names: dict, tokenizer, model, device):
-    """best.pt on the test split, or on the validation split where the data has no test part."""
-    best = eval_grm.load_checkpoint(out / "best.pt")
-    model.load_state_dict(best["model"])
+def say(text: str):
+    if ranks.rank() == 0:
+        print(text, flush=True)
+
+
+def run(args):
+    stop = Stop()
+    saved = ""
     try:
-        splits = split_of["test"]
-        split = data.load_split(splits[0], config["datasets"], config["data"]["root"])
-    except data.DataError as error:
-        print(f"no test split ({error}); the table is of the validation split, on which best.pt was chosen")
-        splits = [config["data"]["val_split"] or split_of["val"][0]]
-        split = data.load_split(splits[0], config["datasets"], config["data"]["root"])
-    folds = [f for f in (names[s.split("[")[0]][2] for s in splits) if f <= len(split)]
-    for f, results in zip(folds, eval_grm.evaluate(model, split, tokenizer, config, device, folds=folds, progress=sys.stderr.isatty())):
-        print(f"\n{splits[folds.index(f)]}: best.pt (step {best['step']}), {len(split):,} images, {len(split.texts):,} captions"
-              + (f", mean of {f} folds" * (f > 1)) + f"\n{eval_grm.figures_table(results)}")
-        with open(out / "metrics.jsonl", "a") as file:
-            file.write(json.dumps({"step": best["step"], "test_split": splits[folds.index(f)], "test": results}) + "\n")
-    print(f"test rSum {results['combined']['rsum']:.1f}")
+        with stop.at_once():
+            device = ranks.start()
+            config = load_config(args.config, args.backbone, args.data, args.data_root, args.set)
+            out = Path(args.out or f"runs/{args.backbone}-{config['data']['name']}")
+            this = Run(config, out, device, args.resume, stop)
+        if not args.resume:
+            this.save_last()                                   # from here on there is always something to resume
+        count, split = sum(p.numel() for p in this.model.parameters()), this.train_split
+        say(f"{args.backbone} on {config['data']['name']}: {len(split):,} images, {len(split.texts):,} captions, "
+            f"{count / 1e6:.1f} M parameters, {this.total_steps:,} steps of {config['train']['batch_size']} on {device}"
+            + f" and {ranks.count() - 1} more" * (ranks.count() > 1) + f"; run folder {out}")
+        saved = f"{out / 'last.pt'} is saved: repeat the command with --resume to go on"
+        this.train()
+        this.report_bad_images()
+        say(f"trained {this.step} steps, {this.trained:.0f} s of training")
+        with stop.at_once():
+            this.final_table()
+    except Stopped:
+        message = (f"stopped at step {this.step} of {this.total_steps}; {saved}" if saved else
+                   "stopped before the first step" + "; last.pt is as it was: repeat the command to go on" * args.resume)
+        sys.exit(message if ranks.rank() == 0 else 1)
+    finally:
+        stop.release()
+    ranks.finish()
 
 
 def main():
@@ -391,7 +532,7 @@ def main():
     try:
         run(args)
     except (ConfigError, data.DataError, modules.ModelError, eval_grm.CheckpointError) as error:
-        sys.exit(f"error: {eval_grm.last_line(error)}")
+        sys.exit(f"rank {ranks.rank()}: " * (ranks.rank() > 0) + f"error: {eval_grm.last_line(error)}")
 
 
 if __name__ == "__main__":

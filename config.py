@@ -1,0 +1,105 @@
+"""The configuration: configs.yaml from general to special, then --set, and what no run can use told in one line."""
+import copy
+from pathlib import Path
+
+import yaml
+
+import modules
+
+
+class ConfigError(Exception):
+    """A setting that does not exist or cannot be; the message is one line."""
+
+
+SECTIONS = ("image", "text", "model", "loss", "augment", "data", "train")
+FREE = ("image.options", "text.options", "datasets")           # below these, --set may add keys
+AT_LEAST = {"train.epochs": 1, "train.max_steps": 1, "train.batch_size": 1, "train.micro_batch": 1, "train.log_every": 1,
+            "train.val_every": 1, "image.size": 1, "text.max_length": 3, "model.dim": 1, "model.num_prompts": 1,
+            "train.max_bad_steps": 1, "data.workers": 0, "train.warmup": 0, "train.weight_decay": 0, "train.save_minutes": 0}
+POSITIVE = ("model.tau", "loss.temperature", "train.lr", "train.clip")
+CHOICES = {"loss.kind": ("infonce", "triplet"), "data.epoch": ("captions", "images")}
+
+
+def load_config(path: str, backbone: str, dataset: str | None = None, data_root: str | None = None, sets=()) -> dict:
+    """The resolved configuration: defaults <- the data set's `config` <- the backbone <- flags and --set key=value."""
+    try:
+        blocks = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration '{path}': {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"'{path}' is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(blocks, dict) or not all(isinstance(blocks.get(k), dict) for k in ("defaults", "backbones", "datasets")):
+        raise ConfigError(f"'{path}' needs the blocks defaults, backbones and datasets")
+    if backbone not in blocks["backbones"]:
+        raise ConfigError(f"unknown backbone '{backbone}'; valid: {', '.join(blocks['backbones'])}")
+    special = blocks["backbones"][backbone]
+    name = dataset or special.get("data", {}).get("name")
+    if name not in blocks["datasets"]:
+        raise ConfigError(f"unknown data set '{name}'; valid: {', '.join(blocks['datasets'])}")
+    config = copy.deepcopy(blocks["defaults"])
+    merge(config, blocks["datasets"][name].get("config") or {}, f"datasets.{name}.config")
+    merge(config, special, f"backbones.{backbone}")
+    config |= {"backbone": backbone, "datasets": blocks["datasets"]}
+    config["data"]["name"] = name
+    if data_root:
+        config["data"]["root"] = data_root
+    for item in sets:
+        set_key(config, item)
+    check(config)
+    return config
+
+
+def merge(into: dict, new: dict, where: str):
+    for key, value in new.items():
+        if key not in into:
+            raise ConfigError(f"unknown key '{key}' in {where}; valid: {', '.join(into)}")
+        if isinstance(into[key], dict) and key != "options":
+            merge(into[key], value, f"{where}.{key}")
+        else:
+            into[key] = value
+
+
+def set_key(config: dict, item: str):
+    """One --set key=value, the key dotted, the value YAML."""
+    key, equals, text = item.partition("=")
+    if not equals:
+        raise ConfigError(f"--set takes key=value, got '{item}'")
+    *path, last = key.split(".")
+    block = config
+    for part in path:
+        block = block.get(part) if isinstance(block, dict) else None
+    settable = isinstance(block, dict) and (key.startswith(FREE) or last in block and not isinstance(block[last], dict))
+    if not settable:
+        valid = [f"{s}.{k}" for s in SECTIONS for k in config[s]]
+        raise ConfigError(f"unknown key '{key}'; valid: {', '.join(valid)}")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {key}: '{text}' is not a YAML value") from None
+    if isinstance(value, str):
+        try:
+            value = float(value)                               # YAML reads 2e-4, without a dot, as text
+        except ValueError:
+            pass
+    old = block.get(last)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    fits = (old is None or value is None or isinstance(value, type(old)) or isinstance(old, float) and number)
+    if not fits or isinstance(old, int) and not isinstance(old, bool) and isinstance(value, bool):
+        raise ConfigError(f"--set {key}: '{text}' is not a {type(old).__name__}, as {old!r} is")
+    block[last] = value
+
+
+def check(config: dict):
+    """Values that no run can use, before anything is read."""
+    get = lambda key: config[key.split(".")[0]][key.split(".")[1]]
+    for key, least in AT_LEAST.items():
+        if get(key) is not None and not (isinstance(get(key), (int, float)) and get(key) >= least):
+            raise ConfigError(f"{key} is {get(key)!r}; it must be at least {least}")
+    for key in POSITIVE:
+        if not get(key) > 0:
+            raise ConfigError(f"{key} is {get(key)!r}; it must be above 0")
+    for key, valid in CHOICES.items():
+        if get(key) not in valid:
+            raise ConfigError(f"{key} is '{get(key)}'; valid: {', '.join(valid)}")
+    if not any(config["loss"][level] for level in modules.LEVELS):
+        raise ConfigError("loss.ori, loss.key and loss.unc are all 0: nothing is left to learn from")
