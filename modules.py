@@ -349,10 +349,11 @@ def build_text_encoder(cfg: dict, pretrained: bool, vocab_size: int, pad_id: int
         if not cfg["name"]:
             raise ModelError("text.pretrained is true but text.name is empty: name a hub model or a local folder")
         return _from_hub(cfg["name"], "text.name", lambda **where: transformers.AutoModel.from_pretrained(
-            cfg["name"], dtype=torch.float32, **where))      # float32 masters: transformers 5 keeps the stored dtype
+            cfg["name"], dtype=torch.float32,                # float32 masters: transformers 5 keeps the stored dtype
+            trust_remote_code=False, **where))               # else a folder with code of its own would ask on the terminal
     if encoder_config is None and cfg["name"]:
         try:
-            found = transformers.AutoConfig.from_pretrained(cfg["name"], local_files_only=True)
+            found = transformers.AutoConfig.from_pretrained(cfg["name"], local_files_only=True, trust_remote_code=False)
             encoder_config = found.to_dict()
         except Exception:                                    # nothing at hand: BERT-base is what `name` stands for here
             warnings.warn(f"text.name '{cfg['name']}' is not on this machine: an untrained BERT takes its place")

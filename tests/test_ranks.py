@@ -30,18 +30,20 @@ def loss_and_gradient(case, rank, count):
     transform = data.image_transform(64, (0.5,) * 3, (0.5,) * 3, train=False)
     pairs = data.TrainPairs(split, data.tokenize(tokenizer, split.texts, 64), transform, tokenizer.mask_token_id, 0.0, 0.0)
     items = [(n % 50, 5 * (n % 50) + n // 50, n) for n in range(size)]
-    batch = data.Collate(tokenizer.pad_token_id)([pairs[i] for i in items[size * rank // count:size * (rank + 1) // count]])
+    own = slice(size * rank // count, size * (rank + 1) // count)
+    batch = data.Collate(tokenizer.pad_token_id)([pairs[i] for i in items[own]])
     torch.manual_seed(0)
     model = modules.build_grm(config, len(tokenizer), 0).eval()
     value, terms, _, _ = train_grm.gradients(ranks.parallel(model), batch, config["loss"], micro_batch)
-    return {"loss": value, "terms": terms, "gradient": {n: p.grad for n, p in model.named_parameters() if p.grad is not None}}
+    gradient = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": value, "terms": terms, "gradient": gradient}
 
 
 def train(out, *options, stop_at=None):
     """The training script in this process; a signal reaches this rank at step stop_at. -> exit message or code."""
-    sys.argv = ["train_grm.py", "--config", str(ROOT / "configs.yaml"), "--backbone", "vit_micro", "--out", str(out), *options,
-                "--set", *TINY, "train.epochs=1", "train.batch_size=15", "train.micro_batch=4", "train.max_steps=6",
-                "train.log_every=1", "datasets.shapes.scenes={train: 16, val: 8, test: 8}"]
+    sys.argv = ["train_grm.py", "--config", str(ROOT / "configs.yaml"), "--backbone", "vit_micro", "--out", str(out),
+                *options, "--set", *TINY, "train.epochs=1", "train.batch_size=15", "train.micro_batch=4",
+                "train.max_steps=6", "train.log_every=1", "datasets.shapes.scenes={train: 16, val: 8, test: 8}"]
     steps, real = [], train_grm.gradients
 
     def interrupted(*args):
@@ -117,13 +119,15 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step_and_the_run_goes_on
     assert all(torch.equal(whole["model"][name], cut["model"][name]) for name in whole["model"])
     states = whole["random_state"][0]
     assert len(states) == 2 and not torch.equal(*states)                                   # a noise of one's own
-    lines = [[json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()] for name in ("whole", "cut")]
+    lines = [[json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+             for name in ("whole", "cut")]
     assert [r["loss"] for r in lines[0] if "loss" in r] == [r["loss"] for r in lines[1] if "loss" in r]
     assert [r["step"] for r in lines[0] if "loss" in r] == [1, 2, 3, 4, 5]                 # one writer
 
 
 def test_the_ranks_share_every_batch_without_overlap():
-    split = data.load_split("shapes_train", train_grm.load_config(str(ROOT / "configs.yaml"), "vit_micro", sets=TINY)["datasets"], "")
+    config = train_grm.load_config(str(ROOT / "configs.yaml"), "vit_micro", sets=TINY)
+    split = data.load_split("shapes_train", config["datasets"], "")
     whole = list(data.PairSampler(split, 16, "captions", 3))
     parts = [list(data.PairSampler(split, 16, "captions", 3, rank=rank, ranks=3)) for rank in range(3)]
     assert [sum(batch, []) for batch in zip(*parts)] == whole
