@@ -26,7 +26,7 @@ import hub
 from shapes import Scene
 
 PARTS = ("train", "val", "test")
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # not all that Pillow opens: EPS runs Ghostscript
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # not all that Pillow opens: EPS runs Ghostscript
 REPLACEMENTS = 10  # tries for a readable image before skip_bad_images gives up
 MAX_JSON = 2 ** 30  # bytes of a caption file; a small .gz can unpack to any number
 

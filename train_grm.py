@@ -200,9 +200,10 @@ class Stop:
 
 
 def leave_signals_to_the_run(worker: int):
-    """A shell's Ctrl-C and a scheduler's SIGTERM reach data-loading processes too, which the last step still needs."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    """A shell's Ctrl-C and a scheduler's SIGTERM reach the data-loading processes too, which the last step still needs; a
+    second SIGTERM is the run's own and ends one that is stuck."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 STATE = {"optimizer", "scaler", "random_state", "step", "best", "validated", "skipped", "bad_images", "metrics_size",
@@ -488,8 +489,9 @@ def say(text: str):
 
 
 def run(args):
+    """-> what sys.exit takes: None, or, if a signal stopped the run, how to go on (1 on ranks other than 0)."""
     stop = Stop()
-    saved = ""
+    saved, message = "", None
     try:
         with stop.at_once():
             device = ranks.start()
@@ -511,10 +513,11 @@ def run(args):
     except Stopped:
         message = (f"stopped at step {this.step} of {this.total_steps}; {saved}" if saved else
                    "stopped before the first step" + "; last.pt is as it was: repeat the command to go on" * args.resume)
-        sys.exit(message if ranks.rank() == 0 else 1)
+        message = message if ranks.rank() == 0 else 1
     finally:
         stop.release()
     ranks.finish()
+    return message
 
 
 def main():
@@ -530,9 +533,11 @@ def main():
                         help="change settings, as train.lr=1e-4 model.num_prompts=8; an unknown key lists the valid ones")
     args = parser.parse_args()
     try:
-        run(args)
+        message = run(args)
     except (ConfigError, data.DataError, modules.ModelError, eval_grm.CheckpointError) as error:
-        sys.exit(f"rank {ranks.rank()}: " * (ranks.rank() > 0) + f"error: {eval_grm.last_line(error)}")
+        message = f"rank {ranks.rank()}: " * (ranks.rank() > 0) + f"error: {eval_grm.last_line(error)}"
+    if message:
+        sys.exit(message)    # out here, as the traceback of the exception would keep the data-loading processes alive
 
 
 if __name__ == "__main__":

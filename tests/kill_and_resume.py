@@ -104,6 +104,7 @@ def kill_and_resume(folder: Path, kills: int, steps: int, seed: int) -> dict[str
     os.waitpid(process, 0)
     for kill in range(kills):
         resume = any((cut / name).exists() for name in ("last.pt", "last.prev.pt"))
+        (cut / "last.tmp").unlink(missing_ok=True)             # of the kill before; a new one tells where this one falls
         where = kill_somewhere(start(cut, steps, resume), cut, chance, in_a_write=kill % 2 == 0)
         fell[where] += 1
         print(f"kill {kill + 1}: while {where}, after {(cut / 'metrics.jsonl').read_bytes().count(10)} lines", flush=True)
@@ -130,7 +131,7 @@ if __name__ == "__main__":
     args = parser.parse_args()
     torch.set_num_threads(1)                                   # a fork has one thread
     with tempfile.TemporaryDirectory() as temporary:
-        steps = args.steps or 5 * args.kills
+        steps = args.steps or 4 * args.kills
         fell = kill_and_resume(Path(temporary), args.kills, steps, args.seed)
         print(f"{args.kills} kills, {fell['writing']} of them inside a checkpoint write: after {steps} steps, weights, "
               "optimizer, random state, best.pt and metrics are equal to the bit to those of the run that was left alone")
