@@ -28,7 +28,8 @@ def load_config(path: str, backbone: str, dataset: str | None = None, data_root:
         raise ConfigError(f"cannot read the configuration '{path}': {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"'{path}' is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(blocks, dict) or not all(isinstance(blocks.get(k), dict) for k in ("defaults", "backbones", "datasets")):
+    needed = ("defaults", "backbones", "datasets")
+    if not isinstance(blocks, dict) or not all(isinstance(blocks.get(key), dict) for key in needed):
         raise ConfigError(f"'{path}' needs the blocks defaults, backbones and datasets")
     if backbone not in blocks["backbones"]:
         raise ConfigError(f"unknown backbone '{backbone}'; valid: {', '.join(blocks['backbones'])}")

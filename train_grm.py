@@ -293,7 +293,7 @@ class Run:
             return
         self.metrics = open(self.out / "metrics.jsonl", "ab", buffering=0)
         if resumed and self.metrics.tell() > resumed["metrics_size"]:      # steps that are done again are logged again
-            self.metrics.truncate(resumed["metrics_size"])
+            self.metrics.seek(self.metrics.truncate(resumed["metrics_size"]))
         try:
             from torch.utils.tensorboard import SummaryWriter
             self.board = SummaryWriter(self.out, purge_step=self.step + 1 if resumed else None)
@@ -318,12 +318,15 @@ class Run:
         self.saved_at = time.perf_counter()
 
     def restore(self, last: dict):
+        rates = [{key: group[key] for key in ("peak", "weight_decay")} for group in self.optimizer.param_groups]
         try:
             self.model.load_state_dict(last["model"])
             self.optimizer.load_state_dict(last["optimizer"])
         except (RuntimeError, ValueError) as error:
             raise ConfigError(f"--resume: the settings do not fit the run in '{self.out}' ({hub.one_line(error)}): repeat "
                               "its own command, or choose another --out") from None
+        for group, rate in zip(self.optimizer.param_groups, rates):        # as set now, which may be lower than before
+            group.update(rate)
         self.scaler.load_state_dict(last["scaler"])
         self.step, self.best, self.validated, self.trained = (last[key] for key in ("step", "best", "validated", "trained"))
         self.skipped, self.skipped_in_a_row = last["skipped"]
@@ -524,8 +527,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, metavar="FILE", help="configs.yaml, or your own in its form")
     parser.add_argument("--backbone", required=True, metavar="NAME",
-                        help="a block of the configuration: vit_b_224, vit_b_384, swin_b_224, swin_b_384, vit_tiny, vit_micro")
-    parser.add_argument("--data", metavar="NAME", help="data set: coco, f30k, f8k, shapes, or your own (default: the backbone's)")
+                        help="a block of the file: vit_b_224, vit_b_384, swin_b_224, swin_b_384, vit_tiny, vit_micro")
+    parser.add_argument("--data", metavar="NAME",
+                        help="data set: coco, f30k, f8k, shapes, or your own (default: the backbone's)")
     parser.add_argument("--data-root", metavar="DIR", help="folder that holds the data sets (default: data)")
     parser.add_argument("--out", metavar="DIR", help="run folder (default: runs/<backbone>-<data>)")
     parser.add_argument("--resume", action="store_true", help="go on from the run folder's last.pt")

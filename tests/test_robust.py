@@ -23,6 +23,13 @@ RUN = ["--backbone", "vit_micro", "--set", *TINY, "datasets.shapes.scenes={train
        "train.log_every=1", "train.epochs=2", "train.max_steps=7", "train.deterministic=true"]         # 5 steps an epoch
 
 
+@pytest.fixture(scope="module", autouse=True)
+def as_before():
+    """train.deterministic is the process's."""
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 def records(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
@@ -126,6 +133,14 @@ def test_best_pt_alone_cannot_be_resumed(copied):
     shutil.copy(copied / "best.pt", copied / "last.pt")
     with pytest.raises(eval_grm.CheckpointError, match="cannot be resumed"):
         train_grm.load_last(copied)
+
+
+def test_a_lower_rate_holds_after_resuming(copied, script):
+    script("train", *RUN[:2], "--out", copied, "--resume", *RUN[2:], "train.max_steps=8", "train.lr=1e-5", "train.warmup=0")
+    last = records(copied)[-3]
+    assert last["step"] == 8 and last["lr"] < 1e-5
+    group = train_grm.load_last(copied)["optimizer"]["param_groups"][0]
+    assert group["peak"] == 1e-5 and group["lr"] < 1e-5
 
 
 def test_resuming_with_another_model_is_one_line(copied, script):
