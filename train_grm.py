@@ -540,8 +540,9 @@ def main():
         message = run(args)
     except (ConfigError, data.DataError, modules.ModelError, eval_grm.CheckpointError) as error:
         message = f"rank {ranks.rank()}: " * (ranks.rank() > 0) + f"error: {eval_grm.last_line(error)}"
+        error.__traceback__ = None       # it holds the data-loading processes, which would be waited for
     if message:
-        sys.exit(message)    # out here, as the traceback of the exception would keep the data-loading processes alive
+        sys.exit(message)
 
 
 if __name__ == "__main__":
