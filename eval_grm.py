@@ -107,8 +107,9 @@ def evaluate(model, split, tokenizer, config: dict, device, batch_size: int = 12
 def encode_captions(model, split, tokenizer, config: dict, device, batch_size: int, progress: bool = True):
     """Every caption once -> [(indices (b,), TextFeatures)] on the CPU, captions of similar length together.
 
-    Tokens are kept in float16, half the memory; products are taken in float32. The similarity moves by about 1e-5, less than
-    what distinguishes any two pairs but near ties (a test compares the ranks).
+    Tokens are kept in float16, half the memory; products are taken in float32. That moves a similarity by at most 1e-4 (less
+    between the images of one caption), and ranks only where two scores nearly tie: of a trained vit_micro's 6,000 ranks of
+    captions (300 scenes, four levels) 12 moved, by one place each, all between scores within 5e-5 of each other.
     """
     ids = data.tokenize(tokenizer, split.texts, config["text"]["max_length"])
     batches = list(data.text_batches(ids, batch_size, tokenizer.pad_token_id))[rank()::processes()]
