@@ -12,8 +12,9 @@ similarity      images x captions scored per second, captions as long as those o
 loss            memory of all levels' losses and their gradient at 384 px (577 tokens), batch 128.
 recall          ranks of a 5,000 x 25,000 matrix.
 loading         JPEGs of 640 x 480 decoded at the training resolution, then cropped, resized and normalised, by one process.
-step            one training step in parts. "not encoders" is the share of heads, similarity, loss and optimiser; loading is
-                done by other processes: it limits the step only if it takes longer, divided by the number of workers.
+step            one training step, and its parts by themselves. "not encoders" is the share of heads, similarity, loss and
+                optimiser; loading is done by other processes: it limits the step only if it takes longer, divided by the
+                number of workers.
 evaluation      seconds of encoding and of similarity when images and captions double: twice and four times as much work.
 cuda            where there is a card: similarity under autocast, ViT-B-224 and Swin-B-224 at batch 128 with AMP, and what
                 gradient caching (train.micro_batch) saves.
@@ -274,22 +275,32 @@ def bench_step(report: Report, backbone: str, size: int, settings, split, repeti
     def gradient():
         model.loss(*model(batch["images"], batch["ids"], batch["valid"]), batch["image_ids"], config["loss"])[0].backward()
 
+    with torch.no_grad():
+        grid = model.image_encoder.forward_features(batch["images"])
+        hidden = model._hidden_states(batch["ids"], batch["valid"])
+    grid.requires_grad_(), hidden.requires_grad_()
+
+    def heads():
+        """The step with what the encoders would give in place of the encoders."""
+        model.image_encoder.forward_features, model._hidden_states = lambda images: grid, lambda ids, valid: hidden
+        gradient()
+        del model.image_encoder.forward_features, model._hidden_states
+
     def optimise():
         torch.nn.utils.clip_grad_norm_(model.parameters(), 2.0)
         optimizer.step()
 
     seconds = take_turns({"load": load, "image encoder": image_encoder, "text encoder": text_encoder,
-                          "clear": optimizer.zero_grad, "gradient": gradient, "optimiser": optimise,
-                          "clear again": optimizer.zero_grad}, device, repetitions)
-    heads = [g - i - t for g, i, t in zip(seconds["gradient"], seconds["image encoder"], seconds["text encoder"])]
+                          "heads, similarity, loss": heads, "clear": optimizer.zero_grad, "gradient": gradient,
+                          "optimiser": optimise, "clear again": optimizer.zero_grad}, device, repetitions)
     step = [g + o for g, o in zip(seconds["gradient"], seconds["optimiser"])]
-    share = statistics.median((h + o) / s for h, o, s in zip(heads, seconds["optimiser"], step))
+    others = [h + o for h, o in zip(seconds["heads, similarity, loss"], seconds["optimiser"])]
     report.section("step", f"{backbone}, {pixels} px, batch {size}, forward and backward")
-    rows = {"image encoder": seconds["image encoder"], "text encoder": seconds["text encoder"],
-            "heads, similarity, loss": heads, "optimiser": seconds["optimiser"], "whole step": step}
-    for name, taken in rows.items():
-        report.row(name, 1000 * statistics.median(taken), "ms", None, f"{100 * ratio(taken, step):.0f}% of the step")
-    report.row("not encoders", 100 * share, "%", None, "target: below 15%" if backbone == "vit_tiny" else "")
+    for name in ("image encoder", "text encoder", "heads, similarity, loss", "optimiser"):
+        report.row(name, 1000 * statistics.median(seconds[name]), "ms", None,
+                   f"{100 * ratio(seconds[name], step):.0f}% of the step")
+    report.row("whole step", 1000 * statistics.median(step), "ms")
+    report.row("not encoders", 100 * ratio(others, step), "%", None, "target: below 15%" if backbone == "vit_tiny" else "")
     report.row("loading a batch, one process", 1000 * statistics.median(seconds["load"]), "ms", None,
                f"{100 * ratio(seconds['load'], step):.0f}% of a step, beside it")
 
