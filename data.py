@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from torchvision import transforms as T
+from torchvision.transforms import v2 as T
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import hub
@@ -351,10 +351,11 @@ def image_transform(size, mean, std, train, crop=(0.6, 1.0)):
     """PIL image -> (3, size, size) float32, normalised.
     Training crops a random share `crop` of the area; (1, 1) is no crop. Evaluation squashes the whole image into the
     square, as LAPS and VSE do: nothing that a caption mentions is cut off."""
-    resize = T.Resize((size, size), T.InterpolationMode.BICUBIC)
+    resize = T.Resize((size, size), T.InterpolationMode.BICUBIC, antialias=True)
     if train and tuple(crop) != (1, 1):
-        resize = T.RandomResizedCrop(size, scale=tuple(crop), interpolation=T.InterpolationMode.BICUBIC)
-    transform = T.Compose([resize, T.ToTensor(), T.Normalize(mean, std)])
+        resize = T.RandomResizedCrop(size, scale=tuple(crop), interpolation=T.InterpolationMode.BICUBIC, antialias=True)
+    # on bytes in a tensor, which torchvision resizes twice as fast as Pillow, nearly everywhere to within a grey level of it
+    transform = T.Compose([T.PILToTensor(), resize, T.ToDtype(torch.float32, scale=True), T.Normalize(mean, std)])
     transform.size = size  # tells load_image how large a decoded image must be
     return transform
 

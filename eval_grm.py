@@ -1,8 +1,12 @@
 """Evaluate a checkpoint: every image and caption encoded once, recalls both ways, for each level and their sum.
 
     python eval_grm.py --ckpt best.pt --split coco5k
+
+With --out DIR the similarities of finished images are kept in DIR until the end: interrupted and repeated, the command goes
+on from there.
 """
 import argparse
+import hashlib
 import json
 import os
 import pickle
@@ -12,9 +16,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import yaml
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 import data
@@ -73,70 +78,149 @@ def figures_table(results: dict[str, dict[str, float]]) -> str:
 
 # --------------------------------------------------------------------------------------------- from a split to its figures
 
-@torch.no_grad()
-def encode(model, split, tokenizer, config: dict, device, batch_size: int, progress: bool = True):
-    """Every image and every caption once.
-
-    -> images: list of (indices, ImageFeatures), texts: list of (indices, TextFeatures), in chunks of batch_size on the
-    CPU; captions are sorted by length so that chunks hold little padding.
-    """
-    model.eval()
-    autocast = amp_context(config, device)
-    transform = data.image_transform(config["image"]["size"], *modules.image_statistics(config["image"]["name"]), train=False)
-    loader = DataLoader(data.EvalImages(split, transform), batch_size, num_workers=config["data"]["workers"],
-                        pin_memory=device.type == "cuda")
-    images, texts, start = [], [], 0
-    for batch in tqdm(loader, desc=f"{split.name}: images", disable=not progress, leave=False):
-        with autocast:
-            features = model.encode_image(batch.to(device, non_blocking=True))
-        kept = (features.tokens.cpu(), features.mask.cpu(), features.regions.cpu())
-        images.append((torch.arange(start, start + len(batch)), modules.ImageFeatures(*kept)))
-        start += len(batch)
-    ids = data.tokenize(tokenizer, split.texts, config["text"]["max_length"])
-    batches = list(data.text_batches(ids, 4 * batch_size, tokenizer.pad_token_id))
-    for indices, tokens, valid in tqdm(batches, desc=f"{split.name}: captions", disable=not progress, leave=False):
-        with autocast:
-            features = model.encode_text(tokens.to(device), valid.to(device))
-        texts.append((torch.as_tensor(indices), modules.TextFeatures(*(x.cpu() for x in features))))
-    return images, texts
-
-
-@torch.no_grad()
-def similarity_matrices(model, images, texts, device, progress: bool = True) -> dict[str, Tensor]:
-    """{level: (I, T) float32 on the CPU} from the chunks that `encode` gives, tile by tile."""
-    shape = sum(len(i) for i, _ in images), sum(len(t) for t, _ in texts)
-    result = {}
-    with tqdm(total=shape[0] * shape[1], desc="similarity", unit="pairs", unit_scale=True, disable=not progress,
-              leave=False) as bar:
-        for text_indices, text in texts:
-            text = modules.TextFeatures(*(x.to(device) for x in text))
-            for image_indices, image in images:
-                image = modules.ImageFeatures(*(x.to(device) for x in image if x is not None))
-                for name, tile in model.similarity(image, text).items():
-                    matrix = result.setdefault(name, torch.empty(shape))
-                    matrix[image_indices[0]:image_indices[-1] + 1, text_indices] = tile.float().cpu()
-                bar.update(len(image_indices) * len(text_indices))
-    return result
-
-
-def evaluate(model, split, tokenizer, config: dict, device, batch_size: int = 128, folds=(1,), progress: bool = True):
+def evaluate(model, split, tokenizer, config: dict, device, batch_size: int = 128, folds=(1,), progress: bool = True,
+             partial: "PartialResult | None" = None):
     """{level: figures} of a split for each number of folds asked for; one encoding and one similarity serve them all.
 
     With f folds, the images are cut into f consecutive groups that are scored alone, and the figures are the mean.
+
+    Only the captions' tokens, in half precision, and the (I, T) matrices are held: images are scored as they are encoded.
+    Called by every process of torch.distributed, each encodes its share of the captions and scores its share of the images,
+    and all return the same figures.
     """
-    images, texts = encode(model, split, tokenizer, config, device, batch_size, progress)
-    matrices = similarity_matrices(model, images, texts, device, progress)
+    model.eval()
     image_of_text = torch.as_tensor(split.image_of_text)
-    results = []
-    for f in folds:
-        groups = [(image_of_text.ge(len(split) * n // f) & image_of_text.lt(len(split) * (n + 1) // f), len(split) * n // f,
-                   len(split) * (n + 1) // f) for n in range(f)]
-        results.append({})
-        for level, matrix in matrices.items():
-            rows = [recall_at_k(matrix[a:b] if f == 1 else matrix[a:b, texts_in], image_of_text[texts_in] - a)
-                    for texts_in, a, b in groups]
-            results[-1][level] = {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
+    first, last = (len(split) * r // processes() for r in (rank(), rank() + 1))
+    texts = encode_captions(model, split, tokenizer, config, device, 4 * batch_size, progress)
+    matrices = similarity_matrices(model, split, range(first, last), texts, config, device, batch_size, progress, partial)
+    results = [{} for _ in folds]
+    for level, rows in matrices.items():
+        matrix = joined_rows(rows)
+        for result, f in zip(results, folds) if rank() == 0 else ():
+            result[level] = fold_figures(matrix, image_of_text, f)
+    if processes() > 1:
+        dist.broadcast_object_list(results, src=0)
     return results
+
+
+@torch.no_grad()
+def encode_captions(model, split, tokenizer, config: dict, device, batch_size: int, progress: bool = True):
+    """Every caption once -> [(indices (b,), TextFeatures)] on the CPU, captions of similar length together.
+
+    Tokens are kept in float16, half the memory; products are taken in float32. That moves a similarity by at most 1e-4 (less
+    between the images of one caption), and ranks only where two scores nearly tie: of a trained vit_micro's 6,000 ranks of
+    captions (300 scenes, four levels) 12 moved, by one place each, all between scores within 5e-5 of each other.
+    """
+    ids = data.tokenize(tokenizer, split.texts, config["text"]["max_length"])
+    batches = list(data.text_batches(ids, batch_size, tokenizer.pad_token_id))[rank()::processes()]
+    texts = []
+    hidden = not progress or rank() > 0
+    for indices, tokens, valid in tqdm(batches, desc=f"{split.name}: captions", disable=hidden, leave=False):
+        with amp_context(config, device):
+            text = model.encode_text(tokens.to(device), valid.to(device))
+        text = modules.TextFeatures(text.tokens.half(), text.valid, text.mask.float())
+        texts.append((indices, modules.TextFeatures(*(x.cpu() for x in text))))
+    if processes() > 1:
+        shares = [None] * processes()
+        dist.all_gather_object(shares, texts)
+        texts = [batch for share in shares for batch in share]
+    return texts
+
+
+@torch.no_grad()
+def similarity_matrices(model, split, indices: range, texts, config: dict, device, batch_size: int, progress: bool = True,
+                        partial: "PartialResult | None" = None) -> dict[str, Tensor]:
+    """{level: (I', T) float32 on the CPU} of the images `indices` with the captions of `encode_captions`.
+
+    Images are encoded batch by batch, and each batch is scored against all captions, tile by tile on the device, before the
+    next: no image token outlives its batch.
+    """
+    levels = [name for name in modules.LEVELS if model.levels[name]] + ["combined"]
+    matrices = torch.empty(len(levels), len(indices), sum(len(t) for t, _ in texts))
+    done = partial.load(matrices) if partial else 0
+    transform = data.image_transform(config["image"]["size"], *modules.image_statistics(config["image"]["name"]), train=False)
+    loader = DataLoader(Subset(data.EvalImages(split, transform), indices[done:]), batch_size,
+                        num_workers=config["data"]["workers"], pin_memory=device.type == "cuda")
+    with tqdm(total=matrices[0].numel(), initial=done * matrices.shape[2], desc=f"{split.name}: images and similarity",
+              unit="pairs", unit_scale=True, disable=not progress or rank() > 0, leave=False) as bar:
+        for images in loader:
+            with amp_context(config, device):
+                image = model.encode_image(images.to(device, non_blocking=True))
+            image = modules.ImageFeatures(image.tokens.float(), image.mask.float(), image.regions.float())
+            rows = matrices[:, done:done + len(images)]
+            for columns, text in texts:
+                tokens, valid, mask = (x.to(device, non_blocking=True) for x in text)
+                scores = model.similarity(image, modules.TextFeatures(tokens.float(), valid, mask))
+                rows[:, :, columns] = torch.stack([scores[name] for name in levels]).float().cpu()
+                bar.update(len(images) * len(columns))
+            if partial:
+                partial.append(rows)
+            done += len(images)
+    return dict(zip(levels, matrices))
+
+
+def joined_rows(rows: Tensor) -> Tensor:
+    """The rows of all processes one below the other, on the first process; elsewhere an empty list stands for them."""
+    if processes() == 1:
+        return rows
+    parts = [None] * processes() if rank() == 0 else None
+    dist.gather_object(rows.clone(), parts, dst=0)               # a clone, or its neighbours would travel with the view
+    return torch.cat(parts) if rank() == 0 else rows[:0]
+
+
+def fold_figures(matrix: Tensor, image_of_text: Tensor, folds: int) -> dict[str, float]:
+    """Mean of recall_at_k over so many consecutive groups of images, each with its own captions."""
+    images, rows = len(matrix), []
+    for a, b in ((images * n // folds, images * (n + 1) // folds) for n in range(folds)):
+        inside = image_of_text.ge(a) & image_of_text.lt(b)
+        rows.append(recall_at_k(matrix if folds == 1 else matrix[a:b, inside], image_of_text[inside] - a))
+    return {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
+
+
+class PartialResult:
+    """The rows of an unfinished evaluation in a file, from which the same evaluation goes on.
+
+    The file holds a fingerprint of what is evaluated (64 characters), then for each finished image its rows: one float32 row
+    per level. A file of another evaluation is replaced; a last image that is not whole is dropped.
+    """
+
+    def __init__(self, path: Path, fingerprint: str):
+        self.path, self.fingerprint = path, fingerprint.encode()
+
+    def load(self, matrices: Tensor) -> int:
+        """Fills matrices (levels, I, T) with the finished rows -> the number of finished images."""
+        levels, images, texts = matrices.shape
+        size = 4 * levels * texts                                                                # bytes of an image
+        self.path.touch()
+        self.file = self.path.open("r+b")
+        done = 0
+        if self.file.read(64) == self.fingerprint:
+            while done < images and len(row := self.file.read(size)) == size:
+                matrices[:, done] = torch.frombuffer(bytearray(row), dtype=torch.float32).view(levels, texts)
+                done += 1
+        else:
+            self.file.seek(0)
+            self.file.write(self.fingerprint)
+        self.file.truncate(64 + done * size)
+        self.file.seek(0, os.SEEK_END)
+        return done
+
+    def append(self, rows: Tensor):
+        """rows (levels, b, T), of the next b images."""
+        self.file.write(rows.transpose(0, 1).contiguous().numpy())
+        self.file.flush()
+
+    def remove(self):
+        self.file.close()
+        self.path.unlink()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def processes() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def amp_context(config: dict, device):
@@ -192,7 +276,8 @@ def main():
     parser.add_argument("--data-root", metavar="DIR", help="folder that holds the data sets (default: the checkpoint's)")
     parser.add_argument("--batch-size", type=int, default=128, metavar="N", help="images encoded at a time (default 128)")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N images and their captions")
-    parser.add_argument("--out", metavar="DIR", help="write DIR/metrics.json")
+    parser.add_argument("--out", metavar="DIR", help="write DIR/metrics.json; interrupted and repeated with "
+                        "the same DIR, the command goes on where it stopped")
     args = parser.parse_args()
     for flag in ("batch_size", "limit"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
@@ -201,6 +286,8 @@ def main():
         run(args)
     except (CheckpointError, data.DataError, modules.ModelError) as error:
         sys.exit(f"error: {last_line(error)}")
+    except OSError as error:                                     # --out DIR cannot be written, or its disk is full
+        sys.exit(f"error: {error}")
 
 
 def last_line(error: BaseException) -> str:
@@ -231,14 +318,26 @@ def run(args):
         raise data.DataError(f"split {wanted} is the mean of {folds} folds, which takes at least {folds} images")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer = model_from_checkpoint(checkpoint)
-    results, = evaluate(model.to(device), split, tokenizer, config, device, args.batch_size, [folds])
+    partial = None
+    if args.out:
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+        partial = PartialResult(Path(args.out) / "similarity.partial", fingerprint(path, split, config))
+    results, = evaluate(model.to(device), split, tokenizer, config, device, args.batch_size, [folds], partial=partial)
     print(f"{split.name}: {len(split):,} images, {len(split.texts):,} captions" + (f", mean of {folds} folds" * (folds > 1)))
     print(figures_table(results))
     if args.out:
-        Path(args.out).mkdir(parents=True, exist_ok=True)
         report = {"checkpoint": str(path), "split": wanted, "images": len(split), "captions": len(split.texts),
                   "folds": folds, "step": checkpoint.get("step"), "levels": results}
         (Path(args.out) / "metrics.json").write_text(json.dumps(report, indent=1) + "\n")
+        partial.remove()
+
+
+def fingerprint(checkpoint: Path, split, config: dict) -> str:
+    """64 characters that change with the weights, the images' places and the captions."""
+    with open(checkpoint, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+    digest.update(repr((split.name, getattr(split, "folder", None), split.image_names, split.captions)).encode())
+    return digest.hexdigest()
 
 
 if __name__ == "__main__":

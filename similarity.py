@@ -6,6 +6,8 @@ from torch.autograd.function import once_differentiable
 # Captions per matrix product, and products held at once, by device. Measured: large enough to hide the cost of launching
 # an operation, small enough that on a CPU the maxima read the products from the last-level cache.
 BLOCK, TILE = {"cpu": 64, "cuda": 1024}, {"cpu": 2 ** 22, "cuda": 2 ** 26}
+# Up to so many image tokens (a ViT's K regions) the maxima fill a fifth of the products: dense backward products are faster.
+DENSE = 16
 
 
 def token_similarity(image_tokens, text_tokens, text_valid, image_weight=None, text_weight=None):
@@ -46,7 +48,8 @@ def token_similarities(image_tokens, text_tokens, text_valid, image_weights, tex
 
 class _TokenSimilarities(torch.autograd.Function):
     """A maximum passes its gradient to one product only, so the backward pass is a sparse product over the remembered
-    places of the maxima, (L+M)/(L*M) of the dense work; recomputing the products would cost three times the forward."""
+    places of the maxima, (L+M)/(L*M) of the dense work; recomputing the products would cost three times the forward.
+    Where that fraction is large, the same gradient is written out and multiplied densely (DENSE)."""
 
     @staticmethod
     def forward(ctx, image_tokens, text_tokens, image_weights, text_weights, valid, keep):
@@ -95,7 +98,8 @@ class _TokenSimilarities(torch.autograd.Function):
         (image_tokens, text_tokens, image_weights, text_weights, order, tokens, owner,
          best_region, arg_region, best_word, arg_word) = (x.detach() for x in ctx.saved_tensors)
         (I, L, d), N, T = image_tokens.shape, len(tokens), len(order)
-        d_image, d_text = torch.zeros_like(image_tokens), torch.zeros_like(text_tokens)
+        d_image = torch.empty_like(image_tokens) if T else torch.zeros_like(image_tokens)
+        d_text = torch.zeros_like(text_tokens)
         d_image_weights, d_text_weights = torch.zeros_like(image_weights), torch.zeros_like(text_weights)
         text, weight = text_tokens.flatten(0, 1)[tokens].to(grad), text_weights.flatten(1)[:, None, tokens]
         d_columns, d_weight = grad.new_zeros(N, d), grad.new_zeros(len(grad), N)
@@ -111,15 +115,22 @@ class _TokenSimilarities(torch.autograd.Function):
             row = torch.arange(len(v), dtype=torch.int32, device=v.device)
             word_value = (image_weights[:, tile_of].permute(1, 2, 0) @ g.transpose(0, 1)).flatten(0, 1)  # (i*L,T)
             word_column = arg_word[tile_of].flatten(0, 1)
-            region_value = (g_token * weight).sum(0).flatten()  # (i*N)
-            region_row = (arg_region[tile_of] + row[::L, None]).flatten()
-            region_column = torch.arange(N, dtype=torch.int32, device=v.device).repeat(len(v) // L)
+            region_value = (g_token * weight).sum(0)  # (i,N)
+            region_row = arg_region[tile_of] + row[::L, None]
+            if L <= DENSE:
+                d_S = v.new_zeros(len(v), N).scatter_(1, word_column.long(), word_value)
+                d_S.view(-1, L, N).scatter_add_(1, arg_region[tile_of, None].long(), region_value[:, None])
+                d_image[tile_of] = (d_S @ text).view(-1, L, d)
+                d_columns.addmm_(d_S.T, v)
+                continue
+            region_column = torch.arange(N, dtype=torch.int32, device=v.device).expand_as(region_row)
             d_v = F.embedding_bag(word_column, text, mode="sum", per_sample_weights=word_value)
-            d_v += _sparse_matmul(region_row, region_column, region_value, text, len(v))
+            d_v += _sparse_matmul(region_row.flatten(), region_column.flatten(), region_value.flatten(), text, len(v))
             d_image[tile_of] = d_v.view(-1, L, d)
-            d_columns += _sparse_matmul(torch.cat([word_column.flatten(), region_column]),
-                                        torch.cat([row.repeat_interleave(T), region_row]),
-                                        torch.cat([word_value.flatten(), region_value]), v, N)
+            # caption by caption, so that what is sorted to one column lies close together: half the time of row by row
+            columns, rows, values = (torch.cat([word.T.flatten(), region.T.flatten()]) for word, region in (
+                (word_column, region_column), (row[:, None].expand_as(word_column), region_row), (word_value, region_value)))
+            d_columns += _sparse_matmul(columns, rows, values, v, N)
         d_text.flatten(0, 1)[tokens] = d_columns.to(d_text)
         d_text_weights.flatten(1)[:, tokens] = d_weight
         return d_image, d_text, d_image_weights, d_text_weights, None, None
@@ -161,11 +172,12 @@ def _fold(operation, columns, counts, out):
 def _column_of(best, columns, counts, start):
     """Column that holds the best (...,C) of packed columns (...,n), the first of which is number `start`. In floating
     point, because on a CPU arg-max and boolean masks are ten times slower; exact below 2**24 columns."""
-    slabs, out, match, offset = columns.split(counts, -1), torch.zeros_like(best), torch.empty_like(best), counts[0]
+    slabs, offset = columns.split(counts, -1), best.new_tensor(counts[0])
+    out, match = torch.zeros_like(best), torch.empty_like(best)
     for slab in slabs[1:]:
         n = slab.shape[-1]
         torch.eq(slab, best[..., :n], out=match[..., :n])
-        torch.maximum(out[..., :n], match[..., :n].mul_(offset), out=out[..., :n])
+        out[..., :n].lerp_(offset, match[..., :n])
         offset += n
     return out.add_(torch.arange(start, start + counts[0], device=best.device))
 

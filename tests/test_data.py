@@ -265,7 +265,7 @@ def test_the_evaluation_transform_squashes_and_the_training_one_crops():
     plain = data.image_transform(32, (.5,) * 3, (.5,) * 3, train=False)
     assert plain(picture).shape == (3, 32, 32) and plain(picture).dtype == torch.float32
     whole = np.asarray(picture.resize((32, 32), Image.Resampling.BICUBIC)).transpose(2, 0, 1) / 127.5 - 1
-    assert np.allclose(plain(picture), whole, atol=1e-5)
+    assert np.allclose(plain(picture), whole, atol=1.01 / 127.5)                             # one grey level off Pillow's
     assert torch.equal(data.image_transform(32, (.5,) * 3, (.5,) * 3, True, crop=[1.0, 1.0])(picture), plain(picture))
     assert not torch.equal(data.image_transform(32, (.5,) * 3, (.5,) * 3, True)(picture), plain(picture))
 

@@ -1,5 +1,6 @@
 """Recalls against a full sort, protocols, and evaluation that gives one clear line when it cannot run."""
 import json
+import os
 import pickle
 
 import numpy as np
@@ -85,6 +86,81 @@ def test_batch_size_changes_no_figure(tiny_model, tiny_config):
     assert results[0] == results[1]
 
 
+@pytest.fixture
+def shapes(tiny_config):
+    split = data.load_split("shapes", tiny_config["datasets"], "")
+    return split, data.load_tokenizer(None, split.texts)
+
+
+def test_half_precision_captions_change_no_rank_but_near_ties(tiny_model, tiny_config, shapes):
+    split, tokenizer = shapes
+    halved = eval_grm.encode_captions(tiny_model.eval(), split, tokenizer, tiny_config, torch.device("cpu"), 64, False)
+    ids = data.tokenize(tokenizer, split.texts, 64)
+    with torch.no_grad():
+        whole = [(i, tiny_model.encode_text(x, valid)) for i, x, valid in data.text_batches(ids, 64, 0)]
+    half, full = (eval_grm.similarity_matrices(tiny_model, split, range(32), texts, tiny_config, torch.device("cpu"), 16, False)
+                  for texts in (halved, whole))
+    assert halved[0][1].tokens.dtype == torch.float16
+    for level in full:
+        a, b, tie = half[level].numpy(), full[level].numpy(), 2e-4
+        assert np.abs(a - b).max() < tie / 2
+        for ours, exact, near in zip(sorted_ranks(a, split.image_of_text), sorted_ranks(b, split.image_of_text),
+                                     near_ties(b, split.image_of_text, tie)):
+            assert (np.abs(ours - exact) <= near).all()
+
+
+def near_ties(similarity, owner, tolerance):
+    """For every rank, how many candidates score within the tolerance of the right one."""
+    own = np.where(owner[None] == np.arange(len(similarity))[:, None], similarity, -np.inf)
+    return [(np.abs(similarity - own.max(axis, keepdims=True)) <= tolerance).sum(axis) for axis in (1, 0)]
+
+
+def test_an_interrupted_evaluation_goes_on_where_it_stopped(tiny_model, tiny_config, shapes, tmp_path, monkeypatch):
+    split, tokenizer = shapes
+    loaded, real = [], split.load_image
+    monkeypatch.setattr(split, "load_image", lambda i, size=None: loaded.append(i) or real(i, size))
+
+    def evaluate(fingerprint, batch_size):
+        loaded.clear()
+        partial = eval_grm.PartialResult(tmp_path / "partial", fingerprint)
+        return eval_grm.evaluate(tiny_model, split, tokenizer, tiny_config, torch.device("cpu"), batch_size, (1,), False,
+                                 partial), partial
+
+    whole, partial = evaluate("a" * 64, 8)
+    partial.file.close()
+    size = partial.path.stat().st_size
+    with open(partial.path, "r+b") as file:                      # killed while it wrote the rows of image 20
+        file.truncate(64 + (size - 64) * 20 // 32 + 100)
+    again, partial = evaluate("a" * 64, 5)
+    assert again == whole and loaded == list(range(20, 32)) and partial.path.stat().st_size == size
+    partial.file.close()
+    other, partial = evaluate("b" * 64, 5)                       # of another checkpoint: from the start
+    assert other == whole and loaded == list(range(32))
+    partial.remove()
+    assert not partial.path.exists()
+
+
+def share(rank, where, arguments):
+    torch.set_num_threads(1)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"               # its threads did not survive the fork
+    torch.distributed.init_process_group("gloo", init_method=f"file://{where}/meeting", rank=rank, world_size=2)
+    split = arguments[1]
+    loaded, real = [], split.load_image
+    split.load_image = lambda i, size=None: loaded.append(i) or real(i, size)
+    results = eval_grm.evaluate(*arguments)
+    (where / f"{rank}.json").write_text(json.dumps([results, loaded]))
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_share_the_work_and_return_the_same_figures(tiny_model, tiny_config, shapes, tmp_path):
+    split, tokenizer = shapes
+    arguments = tiny_model, split.subset(slice(13)), tokenizer, tiny_config, torch.device("cpu"), 4, (1, 2), False
+    torch.multiprocessing.start_processes(share, (tmp_path, arguments), nprocs=2, start_method="fork")
+    (first, images), (second, others) = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second == eval_grm.evaluate(*arguments)
+    assert images == list(range(6)) and others == list(range(6, 13))
+
+
 # -------------------------------------------------------------------------------------------------------------- the script
 
 @pytest.fixture(scope="module")
@@ -106,6 +182,7 @@ def test_evaluation_prints_every_level_and_writes_metrics(script, run_folder, tm
     failure, printed = script("eval", "--ckpt", run_folder / "best.pt", "--split", "shapes", "--out", tmp_path / "report")
     assert failure is None and all(level in printed for level in ("ori", "key", "unc", "combined", "rSum"))
     report = json.loads((tmp_path / "report" / "metrics.json").read_text())
+    assert {p.name for p in (tmp_path / "report").iterdir()} == {"metrics.json"}
     assert report["images"] == 32 and report["captions"] == 160 and set(report["levels"]) == {"ori", "key", "unc", "combined"}
     assert {"i2t_r1", "t2i_r10", "rsum", "i2t_medr"} <= report["levels"]["combined"].keys()
 

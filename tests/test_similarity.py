@@ -38,10 +38,12 @@ def both(v, t, valid, a, w):
     return token_similarities(v, t, valid, [None, a], [None, w])
 
 
-@pytest.fixture(params=[(64, 2 ** 22), (1, 1), (2, 60), (4, 300)], ids=str)
+@pytest.fixture(params=[(64, 2 ** 22, 16), (1, 1, 16), (2, 60, 0), (4, 300, 0), (64, 2 ** 22, 0)], ids=str)
 def tiling(request, monkeypatch):
+    """Captions a block, products a tile, and the number of image tokens up to which the backward pass is dense."""
     monkeypatch.setitem(similarity.BLOCK, "cpu", request.param[0])
     monkeypatch.setitem(similarity.TILE, "cpu", request.param[1])
+    monkeypatch.setattr(similarity, "DENSE", request.param[2])
 
 
 @pytest.mark.parametrize("shape", [{}, dict(L=1, M=3), dict(I=1, T=3, L=3, M=1), dict(I=2, L=130, T=5, M=40, d=2)], ids=str)
@@ -93,8 +95,10 @@ def test_order_of_images_captions_and_tokens_does_not_matter():
     torch.testing.assert_close(moved, both(v, t, valid, a, w)[:, i][:, :, j])
 
 
+@pytest.mark.parametrize("dense", [0, 16])
 @pytest.mark.parametrize("every", [True, False])
-def test_captions_without_a_token_have_similarity_and_gradient_zero(every):
+def test_captions_without_a_token_have_similarity_and_gradient_zero(every, dense, monkeypatch):
+    monkeypatch.setattr(similarity, "DENSE", dense)
     v, t, a, w, valid = sample()
     if every:
         valid = torch.zeros_like(valid)
@@ -126,7 +130,9 @@ def test_float32_is_close_to_float64():
     torch.testing.assert_close(single.double(), both(v, t, valid, a, w), atol=1e-4, rtol=1e-4)
 
 
-def test_autocast_lowers_only_the_products():
+@pytest.mark.parametrize("dense", [0, 16])
+def test_autocast_lowers_only_the_products(dense, monkeypatch):
+    monkeypatch.setattr(similarity, "DENSE", dense)
     v, t, a, w, valid = (x.detach().float().requires_grad_() if x.is_floating_point() else x for x in sample(d=32))
     unit = torch.nn.functional.normalize
     exact = both(unit(v, dim=-1), unit(t, dim=-1), valid, a, w)
@@ -134,8 +140,9 @@ def test_autocast_lowers_only_the_products():
         low = both(unit(v, dim=-1), unit(t, dim=-1), valid, a, w)
     assert low.dtype == torch.float32
     torch.testing.assert_close(low, exact, atol=0.02, rtol=0)
-    for x in torch.autograd.grad(low.sum(), (v, t, a, w)):
-        assert x.dtype == torch.float32 and x.isfinite().all()
+    for x, y in zip(torch.autograd.grad(low.sum(), (v, t, a, w)), torch.autograd.grad(exact.sum(), (v, t, a, w))):
+        assert x.dtype == torch.float32
+        assert (x - y).norm() < 0.3 * y.norm()  # a maximum may fall on another, nearly equal, product
 
 
 class Largest(TorchDispatchMode):
