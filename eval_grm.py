@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
+import grounding
 import modules
 
 RECALLS = (1, 5, 10)
@@ -192,6 +193,8 @@ def main():
     parser.add_argument("--data-root", metavar="DIR", help="folder that holds the data sets (default: the checkpoint's)")
     parser.add_argument("--batch-size", type=int, default=128, metavar="N", help="images encoded at a time (default 128)")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N images and their captions")
+    parser.add_argument("--grounding", action="store_true", help="also measure what the parts of the model find: phrases against "
+                        "their boxes, masks, regions and variances (shapes, or Flickr30K with the files of Flickr30K Entities)")
     parser.add_argument("--out", metavar="DIR", help="write DIR/metrics.json")
     args = parser.parse_args()
     for flag in ("batch_size", "limit"):
@@ -229,15 +232,20 @@ def run(args):
     folds = names[wanted.split("[")[0]][2]
     if folds > len(split):
         raise data.DataError(f"split {wanted} is the mean of {folds} folds, which takes at least {folds} images")
+    if args.grounding:
+        split = data.with_phrases(split, datasets, args.data_root or config["data"]["root"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer = model_from_checkpoint(checkpoint)
     results, = evaluate(model.to(device), split, tokenizer, config, device, args.batch_size, [folds])
     print(f"{split.name}: {len(split):,} images, {len(split.texts):,} captions" + (f", mean of {folds} folds" * (folds > 1)))
     print(figures_table(results))
+    evidence = grounding.measure(model, split, tokenizer, config, device, args.batch_size) if args.grounding else {}
+    if evidence:
+        print(grounding.table(evidence))
     if args.out:
         Path(args.out).mkdir(parents=True, exist_ok=True)
         report = {"checkpoint": str(path), "split": wanted, "images": len(split), "captions": len(split.texts),
-                  "folds": folds, "step": checkpoint.get("step"), "levels": results}
+                  "folds": folds, "step": checkpoint.get("step"), "levels": results} | evidence
         (Path(args.out) / "metrics.json").write_text(json.dumps(report, indent=1) + "\n")
 
 
