@@ -2,7 +2,7 @@
 objects and words they should tell apart. Called by `eval_grm.py --grounding`; the data must have phrases with boxes
 (`shapes`, or Flickr30K with the files of Flickr30K Entities).
 
-Where a phrase looks is its similarity map over the patches, m(l) = sum_m w_m <v_l, t_m> / sum_m w_m over the phrase's tokens:
+Where a phrase looks is its similarity map over the patches, m(l) = sum_m w_m <v_l, t_m> / sum_m w_m over its tokens:
 `words` weights them alike; `masks` weights them by A_T, scales the map to [0, 1] and multiplies it by A_V.
 """
 import re
@@ -117,7 +117,7 @@ def bootstrap_difference(values, groups, images, draws: int = 2000) -> tuple[flo
 # ------------------------------------------------------------------------------------------------------- a split's figures
 
 def encode_captions(model, tokenizer, texts, max_length: int, device):
-    """-> TextFeatures on the CPU, and each caption's token offsets: [(first character, last + 1)], (0, 0) for special ones."""
+    """-> TextFeatures on the CPU, and each caption's token offsets: (first character, last + 1), (0, 0) for special ones."""
     ids, valid = data.pad(data.tokenize(tokenizer, texts, max_length), tokenizer.pad_token_id)
     offsets = [e.offsets for e in tokenizer.backend_tokenizer.encode_batch(list(texts))]         # truncated as tokenize does
     features = model.encode_text(ids.to(device), valid.to(device))
@@ -135,7 +135,8 @@ def grid_side(patches: int) -> int:
 def measure(model, split, tokenizer, config: dict, device, batch_size: int = 64, progress: bool = True) -> dict:
     """Every figure of a split with phrases: {"grounding": {...}, "probes": {...}}; None where a figure has no meaning."""
     model.eval()
-    transform = data.image_transform(config["image"]["size"], *modules.image_statistics(config["image"]["name"]), train=False)
+    statistics = modules.image_statistics(config["image"]["name"])
+    transform = data.image_transform(config["image"]["size"], *statistics, train=False)
     loader = DataLoader(data.EvalImages(split, transform), batch_size, num_workers=config["data"]["workers"])
     found = {name: {"hits": [], "boxes": []} for name in MAPS}
     object_patches, ground_patches, content, function = [], [], [], []
@@ -191,9 +192,11 @@ def measure(model, split, tokenizer, config: dict, device, batch_size: int = 64,
     mean = lambda values: float(np.mean(values)) if len(values) else None
     weighted = lambda key: sum(n * f[key].item() for n, f in figures) / len(split)
     grounding = {"phrases": len(chance), "phrases_cut_off": skipped, "chance": mean(chance)}
-    grounding |= {name: {"pointing_game": mean(kept["hits"]), "box_recall": mean(kept["boxes"])} for name, kept in found.items()}
+    for name, kept in found.items():
+        grounding[name] = {"pointing_game": mean(kept["hits"]), "box_recall": mean(kept["boxes"])}
     probes = {"image_mask_auc": auc(object_patches, ground_patches), "text_mask_auc": auc(content, function),
-              "region_cosine": weighted("region_cosine"), "region_coverage": mean(covered), "coverage_of_one": mean(one_object)}
+              "region_cosine": weighted("region_cosine"),
+              "region_coverage": mean(covered), "coverage_of_one": mean(one_object)}
     if model.sampler.sample:
         variance, several = np.array(variance), np.array(several)
         probes |= {"region_snr": weighted("region_snr"), "variance_several": mean(variance[several]),
@@ -214,8 +217,8 @@ def error_auroc(model, encoded, image_of_text: Tensor, device) -> dict:
     spread, regions = torch.cat([i.log_var for i in images]), torch.cat([i.regions for i in images])
     for _, text in encoded:
         moved = modules.TextFeatures(*(x.to(device) for x in text))
-        rows = torch.cat([model.similarity(modules.ImageFeatures(*(x.to(device) for x in image[:3])), moved)["combined"].cpu()
-                          for image in images])                                                  # (I, t)
+        tiles = [model.similarity(modules.ImageFeatures(*(x.to(device) for x in image[:3])), moved) for image in images]
+        rows = torch.cat([tile["combined"].float().cpu() for tile in tiles])                     # (I, t)
         top = rows.argmax(0)
         best = torch.einsum("tmd,tkd->tmk", text.tokens, regions[top]).argmax(-1)                # (t, m)
         uncertainty.append((spread[top].gather(1, best) * text.mask).sum(1) / text.mask.sum(1).clamp_min(1e-6))

@@ -110,7 +110,7 @@ class Ideal(torch.nn.Module):
             for k, within in enumerate(torch.from_numpy(grounding.inside(objects, 8))):
                 tokens[b, within], mask[b, within], attention[b, within, k] = torch.eye(8)[k], 1, 1
         if not self.right:
-            tokens, mask = tokens.flip(-1), 1 - mask                                             # the ground looks like an object
+            tokens, mask = tokens.flip(-1), 1 - mask                         # the ground looks like an object
         attention = attention / attention.sum(1, keepdim=True)
         regions = torch.eye(8)[:4].expand(len(batch), 4, 8)
         log_var[:, 0] = 1                                                                        # the first object's region
@@ -207,16 +207,19 @@ def test_entities_give_captions_phrases_and_boxes(entities_root):
 
 
 def test_grounding_runs_on_flickr30k_entities(entities_root, tiny_model, tiny_config):
-    split = data.with_phrases(data.load_split("f30k", tiny_config["datasets"], entities_root), tiny_config["datasets"], entities_root)
-    report = grounding.measure(tiny_model, split, data.build_tokenizer(split.texts), tiny_config, torch.device("cpu"), 4, False)
-    assert report["grounding"]["phrases"] == 3 and report["grounding"]["chance"] == pytest.approx((2 * 0.66 + 0.16) / 3, abs=0.15)
+    datasets = tiny_config["datasets"]
+    split = data.with_phrases(data.load_split("f30k", datasets, entities_root), datasets, entities_root)
+    tokenizer = data.build_tokenizer(split.texts)
+    figures = grounding.measure(tiny_model, split, tokenizer, tiny_config, torch.device("cpu"), 4, False)["grounding"]
+    assert figures["phrases"] == 3 and figures["chance"] == pytest.approx((2 * 0.66 + 0.16) / 3, abs=0.15)
 
 
 @pytest.mark.parametrize("file, text, said", [
     ("Annotations/77.xml", None, "cannot read"), ("Sentences/77.txt", None, "Sentences and Annotations"),
     ("Annotations/77.xml", "<annotation>", "77.xml"), ("Annotations/77.xml", "<a></a>", "no <size>"),
     ("Annotations/77.xml", BOXES.replace("<xmin>21</xmin>", ""), "no <xmin>"), ("Sentences/77.txt", "\n", "no sentence"),
-    ("Annotations/77.xml", BOXES.replace("100<", "0<"), "200 x 0"), ("Annotations/77.xml", BOXES.replace("21", "x"), "77.xml"),
+    ("Annotations/77.xml", BOXES.replace("100<", "0<"), "200 x 0"),
+    ("Annotations/77.xml", BOXES.replace("21", "x"), "77.xml"),
     ("Sentences/77.txt", "[/EN#1/people A man in a shirt", "[/EN#1/people A man")])
 def test_bad_entities_files_are_named_in_one_line(file, text, said, entities_root, tiny_config):
     path = entities_root / "flickr30k" / "entities" / file
