@@ -2,7 +2,7 @@
 
     python ablate_grm.py --backbone vit_micro --out runs/ablation
     python ablate_grm.py --backbone vit_micro --out runs/ablation --variants full prompts weights
-    python ablate_grm.py --backbone vit_micro --out runs/ablation --variants full model.tau=0.5 loss.kind=triplet,train.lr=5e-4
+    python ablate_grm.py --backbone vit_micro --out runs/ablation --variants full model.tau=0.5 train.lr=5e-4,train.clip=1
 
 Every run is train_grm.py with a few --set more, in OUT/<variant>/seed<n>: finished ones are recognised, interrupted ones go
 on, so the same command, stopped or extended by variants and seeds, does what is left. OUT/table.md and OUT/table.json are
@@ -42,7 +42,7 @@ NAMED = {"full": []} | {name: sets for group in GROUPS.values() for name, sets i
 # 97.5% quantiles of Student's t for 1 to 30 degrees of freedom
 T_QUANTILE = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
               2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
-ELSEWHERE = ("data.root", "data.workers")           # settings that may differ between a run and its continuation
+ELSEWHERE = {"data.root", "data.workers"}           # settings that may differ between a run and its continuation
 EVIDENCE = {"pointing": ("grounding", "masks", "pointing_game"), "AUC image": ("probes", "image_mask_auc"),
             "AUC text": ("probes", "text_mask_auc"), "cosine": ("probes", "region_cosine")}
 
@@ -99,8 +99,8 @@ def markdown(rows: list[dict], title: str, commands: dict[str, str]) -> str:
             *(show(mean(v), "{:.3f}") + (f" ± {statistics.stdev(v):.3f}" if len(v) > 1 else "") for v in own)])
     return "\n".join([
         f"# {title}", "",
-        "rSum in per cent, ± the standard deviation over seeds. Difference: the variant less `full`, paired by seed, with a 95%",
-        "interval (Student's t); below 0, what was switched off helps. Time: of a training step, against `full`.", "",
+        "rSum in per cent, ± the standard deviation over seeds. Difference: the variant less `full`, paired by seed, with a",
+        "95% interval (Student's t); below 0, what was switched off helps. Time: of a training step, against `full`.", "",
         *("| " + " | ".join(cells) + " |" for cells in table), "",
         "The command of each row's first run; `train.seed` gives the others:", "",
         *(f"- {name}: `{command}`" for name, command in commands.items()), ""])
@@ -127,10 +127,10 @@ class Run:
         path = self.folder / "config.yaml"
         if path.exists():
             old, new = flat(yaml.safe_load(path.read_text())), flat(self.config)
-            changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key) and key not in ELSEWHERE)
+            changed = sorted(key for key in (old.keys() | new.keys()) - ELSEWHERE if old.get(key) != new.get(key))
             if changed:
-                raise train_grm.ConfigError(f"{self.folder} was trained with another {', '.join(changed[:4])}: choose another "
-                                            "--out, or remove that folder")
+                raise train_grm.ConfigError(
+                    f"{self.folder} was trained with another {', '.join(changed[:4])}: choose another --out, or remove it")
 
     def records(self) -> list[dict]:
         try:
@@ -285,7 +285,7 @@ def run(args):
         return text
     slots = args.jobs or free_slots()
     left = sum(one.result() is None for one in runs)
-    print(f"{len(names)} variants, {args.seeds} seeds: {left} of {len(runs)} runs to do, {slots} at a time; {out / 'table.md'}")
+    print(f"{len(names)} variants, {args.seeds} seeds: {left} of {len(runs)} runs to do, {slots} at a time; table in {out}")
     failed = work_off(runs, slots, write)
     print(write())
     if failed:
@@ -301,13 +301,13 @@ def main():
     parser.add_argument("--data-root", metavar="DIR", help="as of train_grm.py")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="settings of every run")
     parser.add_argument("--variants", nargs="+", metavar="NAME",
-                        help="names, groups, or settings as model.tau=0.5,loss.kind=triplet "
-                        "(default: full parts levels regularisers). " + "; ".join(f"{group}: {', '.join(names)}" for group, names in GROUPS.items()))
+                        help="names, groups, or settings as model.tau=0.5,loss.kind=triplet (default: full parts levels "
+                        "regularisers). " + "; ".join(f"{group}: {', '.join(names)}" for group, names in GROUPS.items()))
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each variant (default 3)")
     parser.add_argument("--first-seed", type=int, default=0, metavar="N", help="seeds count from here (default 0)")
     parser.add_argument("--jobs", type=int, metavar="N", help="runs at a time (default: one a GPU, or one a free core)")
     parser.add_argument("--split", metavar="NAME",
-                        help="split of the table (default: the data set's test split, or its validation split if it has no test part)")
+                        help="split of the table (default: the test split, or the validation split where there is none)")
     parser.add_argument("--grounding", action="store_true", help="columns of eval_grm.py --grounding as well")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the runs and the table")
     args = parser.parse_args()
