@@ -170,7 +170,7 @@ class Run:
     def command(self) -> list[str]:
         """What is to be done next: training, from the start or from last.pt, or the evaluation of another split."""
         if not any("test" in record for record in self.records()):
-            return script("train_grm.py") + self.train + ["--resume"] * (self.folder / "last.pt").exists()
+            return script("train_grm.py") + self.train + ["--resume"] * any(self.folder.glob("last*.pt"))
         evaluate = script("eval_grm.py") + ["--ckpt", str(self.folder / "best.pt"), "--out", str(self.report.parent)]
         for flag in ("split", "data_root"):
             evaluate += [f"--{flag.replace('_', '-')}", getattr(self.args, flag)] if getattr(self.args, flag) else []
@@ -211,8 +211,8 @@ def work_off(runs: list[Run], slots: int, after_each) -> dict[str, str]:
     """Runs everything that is not done, `slots` at a time; -> {run: why it failed}. SystemExit once a signal stops it."""
     todo, working, failed, stop = deque(run for run in runs if run.result() is None), {}, {}, []
     gpus = torch.cuda.device_count()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda signum, frame: stop.append(signum))
+    handlers = {number: signal.signal(number, lambda signum, frame: stop.append(signum))
+                for number in (signal.SIGINT, signal.SIGTERM)}
     bar = tqdm(total=len(runs), initial=len(runs) - len(todo), desc="ablate", unit="run", dynamic_ncols=True,
                mininterval=0.5 if sys.stderr.isatty() else 15)
     while todo and not stop or working:
@@ -253,6 +253,8 @@ def work_off(runs: list[Run], slots: int, after_each) -> dict[str, str]:
         if working:
             time.sleep(0.5)
     bar.close()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     if stop:
         sys.exit("stopped; every run that had begun is saved: repeat the command to go on")
     return failed

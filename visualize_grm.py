@@ -77,9 +77,10 @@ def explain(model, tokenizer, config: dict, picture: Image.Image, caption: str, 
              (f'"{said}" x mask', "0 to its maximum", scaled(maps["masks"], 0))]
     for k in shown:
         attention = image.attention[0, :, k].float().numpy()
-        first, last = offsets[nearest[:, k].argmax()]
+        place = offsets[nearest[:, k].argmax()]
         note = f"variance {variance[k]:.2f}" if model.sampler.sample else ""
-        tiles.append((f"region {k + 1}" + f": {caption[first:last]}" * (last > first), note, scaled(attention, 0)))
+        own = [text for s, text in words.items() if grounding.token_indices([place], *s)]        # none for [CLS] and [SEP]
+        tiles.append((f"region {k + 1}" + f": {own[0]}" * bool(own), note, scaled(attention, 0)))
     tiles = [(title, note, values if values is None else values.reshape(grid, grid)) for title, note, values in tiles]
     return Example(picture, tiles, [(text, mask_of(s)) for s, text in words.items()])
 
@@ -156,7 +157,7 @@ def run(args):
     if args.image:
         path = Path(args.image)
         split = data.FileSplit("--image", [path.name], [[args.caption]], path.parent)
-        wanted, side, columns = [(0, args.caption)], 240, 4
+        wanted, side, columns = [(0, args.caption)], 200, 5
     else:
         split = data.load_split(args.split, config["datasets"], args.data_root or config["data"]["root"])
         wanted, side = chosen(split, args.rows, args.word), 130
