@@ -79,8 +79,8 @@ def explain(model, tokenizer, config: dict, picture: Image.Image, caption: str, 
         attention = image.attention[0, :, k].float().numpy()
         place = offsets[nearest[:, k].argmax()]
         note = f"variance {variance[k]:.2f}" if model.sampler.sample else ""
-        own = [text for s, text in words.items() if grounding.token_indices([place], *s)]        # none for [CLS] and [SEP]
-        tiles.append((f"region {k + 1}" + f": {own[0]}" * bool(own), note, scaled(attention, 0)))
+        own = [f": {text}" for s, text in words.items() if grounding.token_indices([place], *s)]
+        tiles.append((f"region {k + 1}" + (own[0] if own else ""), note, scaled(attention, 0)))  # "": [CLS] or [SEP]
     tiles = [(title, note, values if values is None else values.reshape(grid, grid)) for title, note, values in tiles]
     return Example(picture, tiles, [(text, mask_of(s)) for s, text in words.items()])
 
