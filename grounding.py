@@ -17,7 +17,9 @@ import data
 import modules
 
 MAPS = ("words", "masks")
-BOX_THRESHOLD = 0.5     # of the map's range: patches above it form the predicted boxes
+# Share of the map's range above which patches form the predicted boxes. Recall of `masks` on shapes_val[500:700] after 160
+# steps of vit_micro: 0.43 at 0.5, 0.49 at 0.6, 0.54 at 0.7, 0.58 at 0.8 (`words`: 0.01 to 0.13).
+BOX_THRESHOLD = 0.7
 RELATIONS = {"left", "right", "above", "over", "below", "under", "near", "next", "between", "behind", "front"}
 FUNCTION_WORDS = set("a an the some this that these those is are was were be there here it its his her their of to on in at "
                      "by for from as with along and or".split())

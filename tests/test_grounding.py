@@ -34,7 +34,7 @@ def test_a_patch_is_inside_a_box_when_its_centre_is():
 
 def test_a_map_becomes_the_tight_boxes_of_its_connected_high_patches():
     heat = np.array([[9., 8, 0, 0], [0, 0, 0, 4.4], [0, 0, 6, 0], [0, 0, 0, 6]])
-    assert sorted(map(tuple, grounding.boxes_of_map(heat))) == [(0, 0, .5, .25), (.5, .5, .75, .75), (.75, .75, 1, 1)]
+    assert sorted(map(tuple, grounding.boxes_of_map(heat, 0.5))) == [(0, 0, .5, .25), (.5, .5, .75, .75), (.75, .75, 1, 1)]
     assert len(grounding.boxes_of_map(heat, 0.4)) == 4                                           # 4.4 of 9 counts now
     np.testing.assert_allclose(grounding.boxes_of_map(heat - 100), grounding.boxes_of_map(heat))  # cosines may be negative
 
