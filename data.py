@@ -22,6 +22,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torchvision.transforms import v2 as T
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+import entities
 import hub
 from shapes import Scene
 
@@ -92,13 +93,46 @@ class FileSplit(Split):
                             f"({brief(error)}): replace the file or remove its entry") from None
 
 
+class EntitiesSplit(FileSplit):
+    """Images on disk with the captions of Flickr30K Entities; phrases(i), objects(i) as in ShapesSplit."""
+
+    def __init__(self, split, folder):
+        try:
+            read = [entities.read_image(folder, Path(name).stem) for name in split.image_names]
+        except OSError as error:
+            raise DataError(f"{split.name}: cannot read {error.filename} ({error.strerror}): Flickr30K Entities belongs in "
+                            f"{folder}, with its folders Sentences and Annotations") from None
+        except ValueError as error:
+            raise DataError(str(error)) from None
+        super().__init__(split.name, split.image_names, [captions for captions, _ in read], split.folder)
+        self.all_phrases = [phrases for _, phrases in read]
+
+    def phrases(self, i):
+        return self.all_phrases[i]
+
+    def objects(self, i):
+        return list(dict.fromkeys(box for phrases in self.phrases(i) for p in phrases for box in p.boxes))
+
+
+def with_phrases(split, datasets, root):
+    """The split with phrases and boxes: `shapes` has its own, others read the folder that `entities` of their block names."""
+    if hasattr(split, "phrases"):
+        return split
+    dataset = split_names(datasets)[split.name.split("[")[0]][0]
+    folder = datasets[dataset].get("entities")
+    require(type(folder) is str, f"{split.name}: its phrases have no boxes: add `entities: FOLDER` to datasets.{dataset}, "
+            "a folder in the form of Flickr30K Entities, or use --split shapes")
+    return EntitiesSplit(split, Path(root) / folder)
+
+
 def split_names(datasets):
     """{split name: (data set, part, folds)} of every split in the `datasets` block; folds is 1 unless stated."""
     names = {}
     for dataset, block in datasets.items():
         where = f"configs: datasets.{dataset}"
         require(isinstance(block, dict), f"{where} must be a map")
-        valid = {"splits", "config", *(("kind", "size", "seed", "scenes") if "kind" in block else ("annotations", "images", "parts"))}
+        valid = {"splits", "config", *(("kind", "size", "seed", "scenes") if "kind" in block else
+                                       ("annotations", "images", "parts", "entities"))}
         require(set(block) <= valid, f"{where} has unknown keys {set(block) - valid}; valid: {', '.join(sorted(valid))}")
         default = {dataset: {"part": "test"}, f"{dataset}_val": {"part": "val"}, f"{dataset}_train": {"part": "train"}}
         splits = block.get("splits", default)

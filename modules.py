@@ -66,6 +66,13 @@ class SignificanceAdapter(nn.Module):
         return mask if valid is None else mask * valid
 
 
+class KeepAll(nn.Module):
+    """The mask of a switched-off adapter: one on every valid token. The shapes are SignificanceAdapter's."""
+
+    def forward(self, tokens: Tensor, valid: Tensor | None = None) -> Tensor:
+        return tokens.new_ones(tokens.shape[:2]) if valid is None else valid.to(tokens.dtype)
+
+
 class RegionPrompts(nn.Module):
     """K learnable prompts, each gathering one latent region: A_r = sigmoid(scale * V P^T + bias), mu = A_r^T V.
 
@@ -104,11 +111,13 @@ class GaussianSampler(nn.Module):
     of order 1): the network starts at, and `kl_loss` pulls towards, a variance of 1/d per component. A prior variance of
     1 would drown the signal by a factor d.
 
-    forward: means (B, K, d), attention (B, L, K) -> regions (B, K, d), log_var (B, K, d); evaluation returns the means.
+    forward: means (B, K, d), attention (B, L, K) -> regions (B, K, d), log_var (B, K, d); evaluation returns the means, and
+    so does training with sample=False.
     """
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, sample: bool = True):
         super().__init__()
+        self.sample = sample
         self.hidden = nn.Linear(dim, dim)
         self.log_var = nn.Linear(dim, dim)
         nn.init.zeros_(self.log_var.weight)
@@ -118,7 +127,7 @@ class GaussianSampler(nn.Module):
         dim = means.shape[-1]
         log_var = self.log_var(F.gelu(self.hidden(means * math.sqrt(dim)))).float()
         log_var = log_var.clamp(-math.log(dim) - 8, -math.log(dim) + 8)
-        if not self.training:
+        if not (self.training and self.sample):
             return means, log_var
         shrink = attention.float().square().sum(1).sqrt()[..., None]                             # (B, K, 1)
         return means + torch.randn_like(means) * (0.5 * log_var).exp() * shrink, log_var
@@ -201,19 +210,26 @@ class GRM(nn.Module):
     """The whole model over a timm image encoder and a Hugging Face text encoder.
 
     levels: {"ori": a, "key": b, "unc": c}; a level of weight 0 is neither computed nor reported.
+
+    Switches, for ablations: without image_mask or text_mask every (valid) token has mask 1; without prompts an image has one
+    region, the mean of its tokens weighted by the mask, whatever num_prompts; without uncertainty regions are their means in
+    training too, and L_KL is left out.
     """
 
     def __init__(self, image_encoder: nn.Module, text_encoder: nn.Module, dim: int = 512, num_prompts: int = 5,
-                 tau: float = 1.0, levels: dict[str, float] | None = None):
+                 tau: float = 1.0, levels: dict[str, float] | None = None, image_mask: bool = True, text_mask: bool = True,
+                 prompts: bool = True, uncertainty: bool = True):
         super().__init__()
         self.levels = {"ori": 0.4, "key": 0.4, "unc": 0.2} if levels is None else levels
         self.image_encoder, self.text_encoder = image_encoder, text_encoder
         self.image_proj = nn.Linear(image_encoder.num_features, dim)
         self.text_proj = nn.Linear(text_encoder.config.hidden_size, dim)
-        self.image_adapter = SignificanceAdapter(dim, tau)
-        self.text_adapter = SignificanceAdapter(dim, tau)
-        self.region_prompts = RegionPrompts(dim, num_prompts)
-        self.sampler = GaussianSampler(dim)
+        self.image_adapter = SignificanceAdapter(dim, tau) if image_mask else KeepAll()
+        self.text_adapter = SignificanceAdapter(dim, tau) if text_mask else KeepAll()
+        self.region_prompts = RegionPrompts(dim, num_prompts if prompts else 1)
+        if not prompts:                             # a prompt of zeros scores every token alike: its attention is the mask
+            nn.init.zeros_(self.region_prompts.prompts.requires_grad_(False))
+        self.sampler = GaussianSampler(dim, uncertainty)
 
     def encode_image(self, images: Tensor) -> ImageFeatures:
         """images (B, 3, H, W), normalised as the encoder expects."""
@@ -279,9 +295,10 @@ class GRM(nn.Module):
         total = sum(self.levels[name] * term for name, term in terms.items())
         if self.levels["unc"]:                                      # the regularisers act on regions, which only unc uses
             terms["consistency"] = consistency_loss(image.means, image.tokens, image.mask)
-            terms["kl"] = kl_loss(image.means, image.log_var)
             terms["entropy"] = entropy_loss(image.attention)
-            total = total + sum(loss[name] * terms[name] for name in ("consistency", "kl", "entropy"))
+            if self.sampler.sample:
+                terms["kl"] = kl_loss(image.means, image.log_var)
+            total = total + sum(loss[name] * terms[name] for name in ("consistency", "kl", "entropy") if name in terms)
         return total, {name: term.detach() for name, term in terms.items()}
 
 
@@ -372,7 +389,7 @@ def build_grm(config: dict, vocab_size: int, pad_id: int, encoder_config: dict |
     image, text, model = config["image"], config["text"], config["model"]
     return GRM(build_image_encoder(image, pretrained and image["pretrained"]),
                build_text_encoder(text, pretrained and text["pretrained"], vocab_size, pad_id, encoder_config),
-               model["dim"], model["num_prompts"], model["tau"], {name: config["loss"][name] for name in LEVELS})
+               levels={name: config["loss"][name] for name in LEVELS}, **model)
 
 
 def _hub_weights(name: str, default) -> str:

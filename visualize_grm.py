@@ -1,12 +1,15 @@
-"""A sheet of examples from a split: what the masks keep, and where each region looks.
+"""Pictures of what a trained model does with an image and a caption: masks, regions with their variance, and word maps.
 
+    python visualize_grm.py --ckpt best.pt --image dog.jpg --caption "a dog runs on the grass" --word dog --out dog.png
     python visualize_grm.py --ckpt best.pt --split shapes --out sheet.png
 
-A row is one image: the image, its saliency mask A_V, the attention of each region prompt (every map scaled to its own
-maximum, printed below it), and a caption with each word shaded by its mask A_T.
+Each patch is coloured by a value: the saliency mask A_V; the cosine between patch and a chosen word, and that times A_V
+(as grounding.py has it); the attention of each region prompt. The words of the caption are coloured by their mask A_T.
 """
 import argparse
+import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,77 +18,181 @@ from PIL import Image, ImageDraw, ImageFont
 
 import data
 import eval_grm
+import grounding
 import modules
 
-SIDE, GAP, TEXT = 150, 8, 44        # pixels: a picture's side, the space between, the lines below
-MOST_REGIONS = 6
+GAP, MOST_REGIONS = 10, 6                                  # pixels; regions shown, those nearest to the caption first
+SCALE = [(0, 0, 30), (70, 15, 110), (185, 50, 85), (250, 130, 10), (255, 245, 130)]      # colours from 0 to 1, dark to light
 
 
-def shaded(image: Image.Image, weights: torch.Tensor) -> Image.Image:
-    """The image darkened where weights (H, W) in [0, 1] are low, with a warm tint where they are high."""
-    heat = Image.fromarray((255 * weights.clamp(0, 1).numpy()).astype(np.uint8)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-    heat = np.asarray(heat, np.float32)[..., None] / 255
-    pixels = np.asarray(image, np.float32)
-    return Image.fromarray((pixels * (0.25 + 0.6 * heat) + np.array([255, 140, 0]) * 0.3 * heat).clip(0, 255).astype(np.uint8))
+@dataclass
+class Example:
+    """What is drawn of one image and caption."""
+    picture: Image.Image
+    tiles: list[tuple[str, str, np.ndarray | None]]        # title, note, (G, G) values in [0, 1] or None for the image alone
+    words: list[tuple[str, float]]                         # with their masks
 
 
-def draw_words(canvas: ImageDraw.ImageDraw, font, x: int, y: int, words: list[str], mask: list[float]):
-    """Words in a line, each on a ground as orange as its mask is high."""
-    for word, weight in zip(words, mask):
-        width = canvas.textlength(word, font=font)
-        ground = tuple(int(255 - (255 - c) * weight) for c in (255, 150, 20))
-        canvas.rectangle((x, y, x + width + 6, y + 20), fill=ground)
-        canvas.text((x + 3, y + 2), word, fill="black", font=font)
-        x += width + 8
+def colours(values: np.ndarray) -> np.ndarray:
+    """(...) in [0, 1] -> (..., 3) float colours of the scale."""
+    return np.stack([np.interp(values, np.linspace(0, 1, len(SCALE)), channel) for channel in zip(*SCALE)], -1)
+
+
+def scaled(values: np.ndarray, low: float | None = None) -> np.ndarray:
+    low = values.min() if low is None else low
+    return (values - low) / max(values.max() - low, 1e-9)
+
+
+def find_word(caption: str, word: str) -> tuple[int, int] | None:
+    match = re.search(rf"(?<!\w){re.escape(word)}(?!\w)", caption, re.IGNORECASE)
+    return match and match.span()
 
 
 @torch.no_grad()
-def sheet(model, split, tokenizer, config: dict, rows: int) -> Image.Image:
-    transform = data.image_transform(config["image"]["size"], *modules.image_statistics(config["image"]["name"]), train=False)
-    shown = min(config["model"]["num_prompts"], MOST_REGIONS)
-    font, small = ImageFont.load_default(14), ImageFont.load_default(12)
-    result = Image.new("RGB", (GAP + (shown + 2) * (SIDE + GAP), 30 + rows * (SIDE + TEXT + GAP)), "white")
-    canvas = ImageDraw.Draw(result)
-    for column, title in enumerate(["image", "saliency mask", *(f"region {k + 1}" for k in range(shown))]):
-        canvas.text((GAP + column * (SIDE + GAP), 6), title, fill="black", font=font)
-    for row in range(rows):
-        picture = split.load_image(row)
-        image = model.encode_image(transform(picture)[None])
-        ids = data.tokenize(tokenizer, split.captions[row][:1], config["text"]["max_length"])[0]
-        text = model.encode_text(torch.from_numpy(ids.astype(np.int64))[None], torch.ones(1, len(ids), dtype=torch.bool))
-        grid = round(image.mask.shape[1] ** 0.5)                              # square images on square patches
-        picture, top = picture.resize((SIDE, SIDE)), 30 + row * (SIDE + TEXT + GAP)
-        maps = [(None, "")] + [(image.mask[0], "mean {:.2f}".format(image.mask.mean()))]
-        maps += [(image.attention[0, :, k], "max {:.2f}".format(image.attention[0, :, k].max())) for k in range(shown)]
-        for column, (weights, note) in enumerate(maps):
-            x = GAP + column * (SIDE + GAP)
-            if weights is not None and column > 1:
-                weights = weights / weights.max()
-            result.paste(picture if weights is None else shaded(picture, weights.view(grid, grid)), (x, top))
-            canvas.text((x, top + SIDE + 1), note, fill="gray", font=small)
-        draw_words(canvas, font, GAP, top + SIDE + 18, tokenizer.convert_ids_to_tokens(ids), text.mask[0].tolist())
-    return result
+def explain(model, tokenizer, config: dict, picture: Image.Image, caption: str, word: str | None = None) -> Example:
+    """word: one of the caption's; by default the one with the highest mask, words of grammar aside. DataError for a word
+    that is not there."""
+    statistics = modules.image_statistics(config["image"]["name"])
+    image = model.encode_image(data.image_transform(config["image"]["size"], *statistics, train=False)(picture)[None])
+    text, (offsets,) = grounding.encode_captions(model, tokenizer, [caption], config["text"]["max_length"], "cpu")
+    grid, mask_v, mask_t = grounding.grid_side(image.mask.shape[1]), image.mask[0].numpy(), text.mask[0].numpy()
+
+    def mask_of(span):
+        tokens = grounding.token_indices(offsets, *span)
+        return float(mask_t[tokens].mean()) if tokens else 0.0                                   # none: cut off
+    spans = [found.span() for found in re.finditer(r"\w+|[^\w\s]", caption)]
+    words = {s: caption[slice(*s)] for s in spans}
+    candidates = [s for s, text in words.items() if text[0].isalnum() and text.lower() not in grounding.FUNCTION_WORDS]
+    span = find_word(caption, word) if word else max(candidates or spans, key=mask_of, default=None)
+    data.require(span and grounding.token_indices(offsets, *span),
+                 f"the word {word!r} is not in the caption {caption!r:.120}" if word else "the caption has no word")
+    said, tokens = caption[slice(*span)], grounding.token_indices(offsets, *span)
+    maps = grounding.similarity_maps((text.tokens[0, tokens] @ image.tokens[0].T).numpy(), mask_v, mask_t[tokens])
+
+    nearest = (text.tokens[0] @ image.regions[0].T).numpy() * mask_t[:, None]                    # (M, K)
+    shown = sorted(np.argsort(-nearest.max(0), kind="stable")[:MOST_REGIONS].tolist())
+    variance = image.log_var[0].exp().mean(-1) * image.log_var.shape[-1]
+    tiles = [("image", "", None), ("saliency mask", f"mean {mask_v.mean():.2f}", mask_v),
+             (f'near "{said}"', f"cosine {maps['words'].min():.2f} to {maps['words'].max():.2f}", scaled(maps["words"])),
+             (f'"{said}" x mask', "0 to its maximum", scaled(maps["masks"], 0))]
+    for k in shown:
+        attention = image.attention[0, :, k].float().numpy()
+        place = offsets[nearest[:, k].argmax()]
+        note = f"variance {variance[k]:.2f}" if model.sampler.sample else ""
+        own = [f": {text}" for s, text in words.items() if grounding.token_indices([place], *s)]
+        tiles.append((f"region {k + 1}" + (own[0] if own else ""), note, scaled(attention, 0)))  # "": [CLS] or [SEP]
+    tiles = [(title, note, values if values is None else values.reshape(grid, grid)) for title, note, values in tiles]
+    return Example(picture, tiles, [(text, mask_of(s)) for s, text in words.items()])
+
+
+def shade(picture: Image.Image, values: np.ndarray, side: int) -> Image.Image:
+    """The picture in grey under the colours of its patches."""
+    patches = Image.fromarray(colours(values).astype(np.uint8)).resize((side, side), Image.Resampling.NEAREST)
+    return Image.blend(picture.resize((side, side)).convert("L").convert("RGB"), patches, 0.6)
+
+
+def draw(examples: list[Example], title: str, side: int, columns: int) -> Image.Image:
+    """One block an example: its tiles, `columns` in a line, then its caption. The scale is at the top."""
+    font, small, large = (ImageFont.load_default(size) for size in (15, 13, 19))
+    width = max(GAP + columns * (side + GAP), 960)
+    ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+
+    def wrapped(words):                                    # [(x, line, word, mask)] and the number of lines
+        placed, x, line = [], 0, 0
+        for word, mask in words:
+            length = ruler.textlength(word, font=font) + 10
+            if x and x + length > width - 2 * GAP:
+                x, line = 0, line + 1
+            placed.append((x, line, word, mask))
+            x += length + 2
+        return placed, line + 1
+    layouts = [(example, -(-len(example.tiles) // columns), *wrapped(example.words)) for example in examples]
+    line_height, row_height, top = 24, side + 40, 70
+    height = top + sum(rows * row_height + lines * line_height + 3 * GAP for _, rows, _, lines in layouts)
+    canvas = Image.new("RGB", (width, height), "white")
+    pen = ImageDraw.Draw(canvas)
+    pen.text((GAP, 8), title, fill="black", font=large)
+    bar = colours(np.linspace(0, 1, 200))[None].repeat(14, 0).astype(np.uint8)
+    pen.text((GAP, 36), "0", fill="black", font=small)
+    canvas.paste(Image.fromarray(bar), (GAP + 14, 38))
+    pen.text((GAP + 220, 36), fill="black", font=small, text="1     saliency and words: the mask itself; other maps: from "
+             "their least to their most; variance: the prior's is 1")
+    y = top
+    for example, rows, words, lines in layouts:
+        for n, (name, note, values) in enumerate(example.tiles):
+            x, at = GAP + n % columns * (side + GAP), y + n // columns * row_height
+            while ruler.textlength(name, font=font) > side:
+                name = name[:-2] + "…"
+            pen.text((x, at), name, fill="black", font=font)
+            tile = example.picture.resize((side, side)) if values is None else shade(example.picture, values, side)
+            canvas.paste(tile, (x, at + 20))
+            pen.text((x, at + side + 22), note, fill=(90, 90, 90), font=small)
+        y += rows * row_height + GAP // 2
+        for x, line, word, mask in words:
+            left, upper = GAP + x, y + line * line_height
+            box = left, upper, left + ruler.textlength(word, font=font) + 8, upper + line_height - 3
+            pen.rectangle(box, fill=tuple(colours(np.array(mask)).astype(int).tolist()))
+            pen.text((left + 4, upper + 2), word, fill="white" if mask < 0.6 else "black", font=font)
+        y += lines * line_height + 2 * GAP + GAP // 2
+    return canvas
+
+
+def chosen(split, rows: int, word: str | None) -> list[tuple[int, str]]:
+    """The first images of the split and a caption of each; given a word, the first that have it in a caption."""
+    if word is None:
+        return [(i, split.captions[i][0]) for i in range(min(rows, len(split)))]
+    found = []
+    for i, captions in enumerate(split.captions):
+        found += [(i, caption) for caption in captions if find_word(caption, word)][:1]
+        if len(found) == rows:
+            break
+    data.require(found, f"{split.name}: no caption has the word {word!r}")
+    return found
+
+
+def run(args):
+    checkpoint = eval_grm.load_checkpoint(eval_grm.find_checkpoint(args.ckpt))
+    config = checkpoint["config"]
+    model, tokenizer = eval_grm.model_from_checkpoint(checkpoint)
+    if args.image:
+        path = Path(args.image)
+        split = data.FileSplit("--image", [path.name], [[args.caption]], path.parent)
+        wanted, side, columns = [(0, args.caption)], 200, 5
+    else:
+        split = data.load_split(args.split, config["datasets"], args.data_root or config["data"]["root"])
+        wanted, side = chosen(split, args.rows, args.word), 130
+        columns = 4 + min(MOST_REGIONS, model.region_prompts.prompts.shape[0])
+    examples = [explain(model, tokenizer, config, split.load_image(i), caption, args.word) for i, caption in wanted]
+    where = args.image and Path(args.image).name or args.split
+    picture = draw(examples, f"{config['backbone']} trained on {config['data']['name']}: {where}", side, columns)
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        picture.save(args.out)
+    except (ValueError, OSError) as error:
+        raise data.DataError(f"cannot write '{args.out}' ({data.brief(error)}): name a file such as sheet.png") from None
+    print(f"{args.out}: {picture.width} x {picture.height}")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", required=True, metavar="FILE", help="checkpoint, found as eval_grm.py finds it")
-    parser.add_argument("--split", default="shapes", metavar="NAME", help="split, or part of one (default: shapes)")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--image", metavar="FILE", help="one image of your own, with --caption")
+    what.add_argument("--split", default="shapes", metavar="NAME", help="sheet of a split or part of one (default: shapes)")
+    parser.add_argument("--caption", metavar="TEXT", help="what to look for in --image")
+    parser.add_argument("--word", metavar="WORD", help="word whose map is drawn (default: the one with the highest mask)")
     parser.add_argument("--data-root", metavar="DIR", help="folder that holds the data sets (default: the checkpoint's)")
-    parser.add_argument("--rows", type=int, default=4, metavar="N", help="number of images (default 4)")
+    parser.add_argument("--rows", type=int, default=4, metavar="N", help="images of a sheet (default 4)")
     parser.add_argument("--out", required=True, metavar="FILE", help="picture to write, as sheet.png")
     args = parser.parse_args()
+    if (args.image is None) != (args.caption is None):
+        parser.error("--image and --caption go together")
+    if args.rows < 1:
+        parser.error("--rows must be at least 1")
     try:
-        checkpoint = eval_grm.load_checkpoint(eval_grm.find_checkpoint(args.ckpt))
-        config = checkpoint["config"]
-        split = data.load_split(args.split, config["datasets"], args.data_root or config["data"]["root"])
-        model, tokenizer = eval_grm.model_from_checkpoint(checkpoint)
-        picture = sheet(model, split, tokenizer, config, min(args.rows, len(split)))
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        picture.save(args.out)
+        run(args)
     except (eval_grm.CheckpointError, data.DataError, modules.ModelError) as error:
         sys.exit(f"error: {eval_grm.last_line(error)}")
-    print(f"{args.out}: {picture.width} x {picture.height}")
 
 
 if __name__ == "__main__":
