@@ -60,7 +60,8 @@ def gradients(model, batch: dict, loss: dict, micro_batch: int | None, scale=lam
 
     With micro_batch, gradient caching (Gao et al., 2021): encode the batch in parts without a graph, take the loss and its
     gradient with respect to the features over the whole batch, then encode each part again, under the same random numbers,
-    and carry the cached gradient on. Same gradient, memory of one part.
+    and carry the cached gradient on. Same gradient, memory of one part; but batch norm, where an encoder has it, takes its
+    statistics over a part.
     """
     parallel = model if isinstance(model, DistributedDataParallel) else None
     shared = parallel.module if parallel else ranks.SharedLoss(model)
@@ -281,8 +282,7 @@ class Run:
                                        resumed and resumed["text_config"], pretrained=resumed is None).to(self.device)
         self.parallel = ranks.parallel(self.model)
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model, train, {
-            "image_encoder": config["image"]["pretrained"], "text_encoder": config["text"]["pretrained"]}),
-            fused=self.device.type == "cuda")
+            "image_encoder": config["image"]["pretrained"], "text_encoder": config["text"]["pretrained"]}), fused=True)
         self.amp = eval_grm.amp_context(config, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type,
                                            enabled=self.amp._enabled and self.amp.fast_dtype == torch.float16)

@@ -17,7 +17,8 @@ import modules  # noqa: E402
 import train_grm  # noqa: E402
 
 # a run of vit_micro that takes seconds
-TINY = ["image.options={patch_size: 16, embed_dim: 32, depth: 1, num_heads: 2}", "model.dim=32",
+TINY = ["image.name=vit_tiny_patch16_224", "image.options={patch_size: 16, embed_dim: 32, depth: 1, num_heads: 2}",
+        "model.dim=32",
         "text.options={hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 64}",
         "datasets.shapes.scenes={train: 64, val: 24, test: 32}", "train.batch_size=16", "train.val_every=1", "data.val_split=null"]
 

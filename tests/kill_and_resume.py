@@ -24,7 +24,8 @@ import torch  # noqa: E402
 import eval_grm  # noqa: E402
 import train_grm  # noqa: E402
 
-SETTINGS = ["image.options={patch_size: 16, embed_dim: 64, depth: 1, num_heads: 2}", "model.dim=64",
+SETTINGS = ["image.name=vit_tiny_patch16_224", "image.options={patch_size: 16, embed_dim: 64, depth: 1, num_heads: 2}",
+            "model.dim=64",
             "text.options={hidden_size: 64, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 128}",
             "datasets.shapes.scenes={train: 32, val: 12, test: 12}", "train.batch_size=8", "train.val_every=1",
             "train.micro_batch=5", "data.val_split=null", "train.log_every=1", "train.save_minutes=0",
