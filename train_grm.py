@@ -461,18 +461,18 @@ class Run:
             self.step = best["step"]
         ranks.broadcast(self.model.state_dict().values())
         try:
-            splits = self.splits_of["test"]
+            splits, what = self.splits_of["test"], "test"
             split = self.load_split(splits[0])
         except data.DataError as error:
             say(f"no test split ({error}); the table is of the validation split, on which best.pt was chosen")
-            splits, split = [self.val_split.name], self.val_split
+            splits, split, what = [self.val_split.name], self.val_split, "validation"
         folds = {name: self.names[name.split("[")[0]][2] for name in splits}
         folds = {name: f for name, f in folds.items() if f <= len(split)}
         for (name, f), results in zip(folds.items(), self.evaluate(split, list(folds.values()))):
             say(f"\n{name}: best.pt (step {self.step}), {len(split):,} images, {len(split.texts):,} captions"
                 + (f", mean of {f} folds" * (f > 1)) + f"\n{eval_grm.figures_table(results)}")
             self.log({"test_split": name, "test": results})
-        say(f"test rSum {results['combined']['rsum']:.1f}")
+        say(f"{what} rSum {results['combined']['rsum']:.1f}")
 
     def bad_images(self) -> torch.Tensor:
         """(images,) bool: those that could not be read, in the loading processes of all ranks."""
