@@ -289,7 +289,10 @@ class GRM(nn.Module):
 
         L = a L_ori + b L_key + c L_unc + consistency * L_recon + kl * L_KL + entropy * L_ent
         """
-        scores = self.similarity(image, text)
+        return self.loss_of(self.similarity(image, text), image, image_ids, loss)
+
+    def loss_of(self, scores: dict[str, Tensor], image: ImageFeatures, image_ids: Tensor, loss: dict) -> tuple[Tensor, dict]:
+        """`loss` from what `similarity` returned."""
         terms = {name: contrastive_loss(scores[name], image_ids, loss["kind"], loss["temperature"], loss["margin"])
                  for name in LEVELS if name in scores}
         total = sum(self.levels[name] * term for name, term in terms.items())

@@ -111,7 +111,7 @@ class SharedLoss(nn.Module):
 
     def __init__(self, model: modules.GRM):
         super().__init__()
-        self.model, self.levels = model, model.levels
+        self.model = model
 
     def forward(self, inputs: tuple, image_ids: Tensor | None = None, loss: dict | None = None, cached=None):
         """inputs: images, ids and valid of this rank. With image_ids (b,) and the `loss` block -> loss, terms, features, the
@@ -129,7 +129,7 @@ class SharedLoss(nn.Module):
         image_ids_of_all = gather(image_ids)
         share = count() * len(image_ids) / len(image_ids_of_all)           # 1, but for the parts of an uneven batch
         loss = loss | {name: share * loss[name] for name in REGULARISERS}
-        total, terms = modules.GRM.loss(self, image, text, image_ids_of_all, loss)       # over `similarity`, as below
+        total, terms = self.model.loss_of(self.similarity(image, text), image, image_ids_of_all, loss)
         return total, {name: share * term if name in REGULARISERS else term for name, term in terms.items()}
 
     def similarity(self, image: modules.ImageFeatures, text: modules.TextFeatures) -> dict[str, Tensor]:
