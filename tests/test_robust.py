@@ -76,7 +76,7 @@ def signal_at(monkeypatch, module, name, call, number=signal.SIGTERM):
 # ---------------------------------------------------------------------------------------------------------------- signals
 
 @pytest.mark.parametrize("module, function, call, step", [
-    (train_grm, "gradients", 3, 3), (eval_grm, "evaluate", 1, 5), (eval_grm, "encode", 2, 7)],
+    (train_grm, "gradients", 3, 3), (eval_grm, "evaluate", 1, 5), (eval_grm, "encode_captions", 2, 7)],
     ids=["in a step", "in the first validation", "in the last validation"])
 def test_a_signal_leaves_a_run_that_goes_on_exactly(whole, script, tmp_path, monkeypatch, module, function, call, step):
     out = tmp_path / "run"
