@@ -209,17 +209,17 @@ def free_slots() -> int:
 
 def work_off(runs: list[Run], slots: int, after_each) -> dict[str, str]:
     """Runs everything that is not done, `slots` at a time; -> {run: why it failed}. SystemExit once a signal stops it."""
-    todo, working, failed, stop = deque(run for run in runs if run.result() is None), {}, {}, []
+    waiting, working, failed, stop = deque(run for run in runs if run.result() is None), {}, {}, []
     gpus = torch.cuda.device_count()
     handlers = {number: signal.signal(number, lambda signum, frame: stop.append(signum))
                 for number in (signal.SIGINT, signal.SIGTERM)}
-    bar = tqdm(total=len(runs), initial=len(runs) - len(todo), desc="ablate", unit="run", dynamic_ncols=True,
+    bar = tqdm(total=len(runs), initial=len(runs) - len(waiting), desc="ablate", unit="run", dynamic_ncols=True,
                mininterval=0.5 if sys.stderr.isatty() else 15)
-    while todo and not stop or working:
+    while waiting and not stop or working:
         for slot in range(slots if not stop else 0):
-            if slot in working or not todo:
+            if slot in working or not waiting:
                 continue
-            run, environment = todo.popleft(), dict(os.environ)
+            run, environment = waiting.popleft(), dict(os.environ)
             if gpus:
                 environment["CUDA_VISIBLE_DEVICES"] = str(slot % gpus)
             else:
@@ -245,7 +245,7 @@ def work_off(runs: list[Run], slots: int, after_each) -> dict[str, str]:
                 bar.update()
                 after_each()
             elif process.returncode == 0 and run.command() != command:
-                todo.appendleft(run)                            # trained; its evaluation is next
+                waiting.appendleft(run)                            # trained; its evaluation is next
             else:
                 log = run.folder.with_suffix(".log").read_text(errors="replace").replace("\r", "\n").strip().splitlines()
                 failed[f"{run.variant}/{run.seed}"] = log[-1] if log else f"exit status {process.returncode}"
