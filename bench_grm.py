@@ -2,6 +2,7 @@
 
     python bench_grm.py                 under two minutes on two CPU cores; nothing to download
     python bench_grm.py --json FILE     the same, also as JSON
+    python bench_grm.py --evaluation 5000   only an evaluation's time: 5,000 images and 25,000 captions, a half, a quarter, ...
 
 Every ratio is the median over repetitions in which the things compared take turns, so that a busy machine slows all alike.
 "memory" is the peak beyond what was held before the call (MiB; on CPUs Linux only), without the gradients handed back.
@@ -15,7 +16,8 @@ loading         JPEGs of 640 x 480 decoded at the training resolution, then crop
 step            one training step, and its parts by themselves. "not encoders" is the share of heads, similarity, loss and
                 optimiser; loading is done by other processes: it limits the step only if it takes longer, divided by the
                 number of workers.
-evaluation      seconds of encoding and of similarity when images and captions double: twice and four times as much work.
+evaluation      seconds when images and captions double: encoding (images decoded included) is twice the work, similarity and
+                ranks four times. The memory holds the result, four levels of 4 bytes a pair.
 cuda            where there is a card: similarity under autocast, ViT-B-224 and Swin-B-224 at batch 128 with AMP, and what
                 gradient caching (train.micro_batch) saves.
 """
@@ -305,30 +307,37 @@ def bench_step(report: Report, backbone: str, size: int, settings, split, repeti
                f"{100 * ratio(seconds['load'], step):.0f}% of a step, beside it")
 
 
-def bench_evaluation(report: Report, scenes, device):
+def bench_evaluation(report: Report, scenes, sizes, device):
     model, config = model_of("vit_micro", ["data.workers=0"])
     model.to(device).eval()
     tokenizer = data.build_tokenizer(scenes.texts)
-    score, spent = model.similarity, []
+    spent = {"similarity": 0.0, "ranks": 0.0}
 
-    def timed(image, text):
-        result = []
-        spent.append(seconds_of(lambda: result.append(score(image, text)), device))
-        return result[0]
+    def timed(what, function):
+        def run(*arguments):
+            result = []
+            spent[what] += seconds_of(lambda: result.append(function(*arguments)), device)
+            return result[0]
+        return run
 
-    model.similarity = timed
-    report.section("evaluation", "encoding and similarity of vit_micro, five captions an image")
+    model.similarity, ranks = timed("similarity", model.similarity), eval_grm.fold_figures
+    eval_grm.fold_figures = timed("ranks", ranks)
+    report.section("evaluation", "vit_micro with random weights, five captions an image, all levels")
     before = None
-    for images in (64, 128, 256):
+    for images in sizes:
         split = scenes.subset(slice(images))
-        arguments = model, split, tokenizer, config, device
-        spent.clear()
-        whole = seconds_of(lambda: eval_grm.evaluate(*arguments, 64, progress=False), device)
-        now = whole - sum(spent), sum(spent)
-        for k, name in enumerate(("encoding and recall", "similarity")):
-            report.row(f"{images} x {len(split.texts)}: {name}", now[k], "s", None,
-                       f"{now[k] / before[k]:.1f} times the row above" if before else "")
+        for i in range(images):
+            split.load_image(i)                                  # drawn once and kept
+        spent.update(similarity=0.0, ranks=0.0)
+        whole = []
+        memory = peak_memory(lambda: whole.append(seconds_of(
+            lambda: eval_grm.evaluate(model, split, tokenizer, config, device, 64, progress=False), device)), device)
+        now = {"encoding": whole[0] - sum(spent.values()), **spent}
+        for name, seconds in now.items():
+            report.row(f"{images} x {len(split.texts)}: {name}", seconds, "s", memory if name == "encoding" else None,
+                       f"{seconds / before[name]:.1f} times that of half as many" if before else "")
         before = now
+    eval_grm.fold_figures = ranks
 
 
 # ----------------------------------------------------------------------------------------------------------------- CUDA
@@ -357,29 +366,45 @@ def bench_cuda(report: Report):
             report.row(f"micro_batch {micro_batch}", 128 / statistics.median(taken), "images/s", peak_memory(step, device))
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", metavar="FILE", help="also write the figures there")
-    args = parser.parse_args()
-    report, started, cpu = Report(), time.perf_counter(), torch.device("cpu")
-    machine = {"machine": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-               "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None, "torch": torch.__version__,
-               "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
-    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+def bench_all(report: Report, datasets: dict):
+    cpu = torch.device("cpu")
     bench_similarity(report, cpu, 64, 197, 128, 512, peers=True)
     bench_similarity(report, cpu, 128, 5, 128, 512, peers=False)
     bench_similarity(report, cpu, 128, 64, 128, 128, peers=False)
     bench_loss(report, cpu)
     bench_recall(report)
-    scenes = data.load_split("shapes[:256]", train_grm.load_config(CONFIG, "vit_micro")["datasets"], "")
+    scenes = data.load_split("shapes[:256]", datasets, "")
     with tempfile.TemporaryDirectory() as folder:
         split = photographs(Path(folder))
         bench_loading(report, split)
         bench_step(report, "vit_tiny", 64, MINILM, split, repetitions=3)
     bench_step(report, "vit_micro", 128, [], scenes, repetitions=3)
-    bench_evaluation(report, scenes, cpu)
+    bench_evaluation(report, scenes, (64, 128, 256), cpu)
     if torch.cuda.is_available():
         bench_cuda(report)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", metavar="FILE", help="also write the figures there")
+    parser.add_argument("--evaluation", type=int, metavar="N",
+                        help="only evaluate N built-in scenes, N/2, ... N/16 (5,000 take about ten minutes on two cores)")
+    args = parser.parse_args()
+    if args.evaluation is not None and args.evaluation < 16:
+        parser.error("--evaluation takes at least 16 images")
+    report, started = Report(), time.perf_counter()
+    machine = {"machine": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+               "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None, "torch": torch.__version__,
+               "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
+    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    datasets = train_grm.load_config(CONFIG, "vit_micro")["datasets"]
+    if args.evaluation:
+        datasets["shapes"]["scenes"]["test"] = args.evaluation
+        scenes = data.load_split("shapes", datasets, "")
+        bench_evaluation(report, scenes, [args.evaluation // n for n in (16, 8, 4, 2, 1)], device)
+    else:
+        bench_all(report, datasets)
     print(f"\n{time.perf_counter() - started:.0f} s in all")
     if args.json:
         Path(args.json).write_text(json.dumps({"machine": machine, "rows": report.rows}, indent=1) + "\n")

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from modules import (GRM, GaussianSampler, ImageFeatures, ModelError, RegionPrompts, SignificanceAdapter, TextFeatures,
-                     build_grm, build_image_encoder, consistency_loss, contrastive_loss, diagnostics, entropy_loss, kl_loss,
-                     token_similarity)
+                     budget_shift, build_grm, build_image_encoder, consistency_loss, contrastive_loss, diagnostics, entropy_loss,
+                     kl_loss, token_similarity, without_special_tokens)
 
 torch.manual_seed(0)
 
@@ -18,16 +18,28 @@ def unit(*shape):
 
 # ---------------------------------------------------------------------------------------------------------- the adapters
 
-def test_the_mask_in_evaluation_is_the_softmax_of_two_linear_maps():
-    adapter, tokens = SignificanceAdapter(8, tau=0.5).double().eval(), torch.randn(2, 5, 8, dtype=torch.float64)
+def scores(adapter, tokens):
+    """The difference of the two logits of each token (L, d), written out."""
+    logits = [adapter.logits.weight @ F.gelu(adapter.hidden.weight @ v + adapter.hidden.bias) + adapter.logits.bias for v in tokens]
+    return torch.stack([keep - drop for keep, drop in logits])
+
+
+@pytest.mark.parametrize("keep", [0.5, 0.2])
+def test_the_mask_in_evaluation_is_the_softmax_of_two_linear_maps_with_the_mean_keep(keep):
+    adapter, tokens = SignificanceAdapter(8, 0.5, keep).double().eval(), 4 * torch.randn(2, 5, 8, dtype=torch.float64)
+    mask = adapter(tokens)
     for b in range(2):
-        logits = [adapter.logits.weight @ F.gelu(adapter.hidden.weight @ v + adapter.hidden.bias) + adapter.logits.bias
-                  for v in tokens[b]]
-        for l in range(5):
-            keep, drop = logits[l] - sum(logits) / 5
-            expected = keep.exp() / (keep.exp() + drop.exp())
-            assert adapter(tokens)[b, l].item() == pytest.approx(expected.item(), abs=1e-6)
-    assert torch.equal(adapter(tokens), adapter(tokens))
+        score = scores(adapter, tokens[b])
+        shift = score[0] - mask[b, 0].double().logit()                                           # the same for every token
+        torch.testing.assert_close(mask[b].double(), (score - shift).exp() / ((score - shift).exp() + 1), rtol=0, atol=1e-4)
+    torch.testing.assert_close(mask.mean(1), torch.full((2,), keep), rtol=0, atol=1e-5, check_dtype=False)
+    assert torch.equal(adapter(tokens), mask)
+
+
+def test_the_gradient_of_the_shift_is_that_of_its_implicit_function():
+    score = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
+    valid = torch.arange(7) < torch.tensor([[7], [4], [1]])
+    assert torch.autograd.gradcheck(lambda s: budget_shift(s, valid, 0.3), (score,))
 
 
 def test_the_mask_in_training_is_a_gumbel_softmax_draw():
@@ -51,14 +63,22 @@ def test_the_mask_is_0_where_a_token_is_padding_and_in_0_1_elsewhere(training):
     assert mask.shape == (2, 3) and (mask[~valid] == 0).all() and (mask >= 0).all() and (mask <= 1).all()
 
 
-def test_masks_are_relative_so_they_cannot_all_be_one():
-    """Trap 2: whatever bias the adapter learns, the mask of an image keeps its spread; padding has no part in it."""
+def test_masks_have_a_budget_so_they_cannot_all_be_one():
+    """Trap 2: whatever bias the adapter learns, the mask of an image keeps its mean; padding has no part in it."""
     adapter, tokens, valid = SignificanceAdapter(8, 1.0).eval(), torch.randn(1, 6, 8), torch.arange(6)[None] < 4
     mask = adapter(tokens, valid)
+    assert mask[valid].mean().item() == pytest.approx(0.5, abs=1e-5)
     with torch.no_grad():
         adapter.logits.bias[0] += 100
-    torch.testing.assert_close(adapter(tokens, valid), mask)
+    torch.testing.assert_close(adapter(tokens, valid), mask, rtol=0, atol=1e-5)
     torch.testing.assert_close(adapter(tokens[:, :4]), mask[:, :4])
+    assert torch.isfinite(adapter(tokens, torch.zeros_like(valid))).all()                        # nothing valid at all
+
+
+def test_special_tokens_are_no_words_unless_a_caption_has_no_others():
+    lengths = torch.tensor([5, 3, 2, 1, 0])
+    words = without_special_tokens(torch.arange(6) < lengths[:, None])
+    assert [row.nonzero().flatten().tolist() for row in words] == [[1, 2, 3], [1], [0, 1], [0], []]
 
 
 # ------------------------------------------------------------------------------------------------------ regions and noise
