@@ -327,20 +327,26 @@ class GRM(nn.Module):
 
         L = a L_ori + b L_key + c L_unc + consistency * L_recon + kl * L_KL + entropy * L_ent
         """
-        return self.loss_of(self.similarity(image, text), image, image_ids, loss)
+        # What is computed last is differentiated first: so the similarity, which takes the most memory for it, does not find
+        # the regularisers' gradient of the tokens there already
+        regularisers = self.regularisers(image)
+        return self.loss_of(self.similarity(image, text), regularisers, image_ids, loss)
 
-    def loss_of(self, scores: dict[str, Tensor], image: ImageFeatures, image_ids: Tensor, loss: dict) -> tuple[Tensor, dict]:
-        """`loss` from what `similarity` returned."""
+    def regularisers(self, image: ImageFeatures) -> dict[str, Tensor]:
+        """L_recon, L_ent and L_KL, as far as the switches leave them. They act on regions, which only unc uses."""
+        if not self.levels["unc"]:
+            return {}
+        terms = {"consistency": consistency_loss(image.means, image.tokens, image.mask), "entropy": entropy_loss(image.attention)}
+        return terms | ({"kl": kl_loss(image.means, image.log_var)} if self.sampler.sample else {})
+
+    def loss_of(self, scores: dict[str, Tensor], regularisers: dict[str, Tensor], image_ids: Tensor,
+                loss: dict) -> tuple[Tensor, dict]:
+        """`loss` from what `similarity` and `regularisers` returned."""
         terms = {name: contrastive_loss(scores[name], image_ids, loss["kind"], loss["temperature"], loss["margin"])
                  for name in LEVELS if name in scores}
         total = sum(self.levels[name] * term for name, term in terms.items())
-        if self.levels["unc"]:                                      # the regularisers act on regions, which only unc uses
-            terms["consistency"] = consistency_loss(image.means, image.tokens, image.mask)
-            terms["entropy"] = entropy_loss(image.attention)
-            if self.sampler.sample:
-                terms["kl"] = kl_loss(image.means, image.log_var)
-            total = total + sum(loss[name] * terms[name] for name in ("consistency", "kl", "entropy") if name in terms)
-        return total, {name: term.detach() for name, term in terms.items()}
+        total = total + sum(loss[name] * term for name, term in regularisers.items())
+        return total, {name: term.detach() for name, term in (terms | regularisers).items()}
 
 
 @torch.no_grad()

@@ -129,7 +129,8 @@ class SharedLoss(nn.Module):
         image_ids_of_all = gather(image_ids)
         share = count() * len(image_ids) / len(image_ids_of_all)           # 1, but for the parts of an uneven batch
         loss = loss | {name: share * loss[name] for name in REGULARISERS}
-        total, terms = self.model.loss_of(self.similarity(image, text), image, image_ids_of_all, loss)
+        regularisers = self.model.regularisers(image)                       # first, as in GRM.loss
+        total, terms = self.model.loss_of(self.similarity(image, text), regularisers, image_ids_of_all, loss)
         return total, {name: share * term if name in REGULARISERS else term for name, term in terms.items()}
 
     def similarity(self, image: modules.ImageFeatures, text: modules.TextFeatures) -> dict[str, Tensor]:
