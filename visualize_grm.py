@@ -1,6 +1,7 @@
 """Pictures of what a trained model does with an image and a caption: masks, regions with their variance, and word maps.
 
     python visualize_grm.py --ckpt best.pt --image dog.jpg --caption "a dog runs on the grass" --word dog --out dog.png
+    python visualize_grm.py --ckpt best.pt --image dog.jpg cat.jpg --caption "a dog runs" "a cat sleeps" --out both.png
     python visualize_grm.py --ckpt best.pt --split shapes --out sheet.png
 
 Each patch is coloured by a value: the saliency mask A_V; the cosine between patch and a chosen word, and that times A_V
@@ -154,16 +155,18 @@ def run(args):
     checkpoint = eval_grm.load_checkpoint(eval_grm.find_checkpoint(args.ckpt))
     config = checkpoint["config"]
     model, tokenizer = eval_grm.model_from_checkpoint(checkpoint)
+    words = args.word or [None] * len(args.image or ["the split"])
+    side, columns = 130, 4 + min(MOST_REGIONS, model.region_prompts.prompts.shape[0])
     if args.image:
-        path = Path(args.image)
-        split = data.FileSplit("--image", [path.name], [[args.caption]], path.parent)
-        wanted, side, columns = [(0, args.caption)], 200, 5
+        wanted, where = [], ", ".join(Path(path).name for path in args.image)
+        for path, caption, word in zip(map(Path, args.image), args.caption, words):
+            wanted.append((data.FileSplit("--image", [path.name], [[caption]], path.parent), 0, caption, word))
+        if len(wanted) == 1:
+            side, columns = 200, 5
     else:
-        split = data.load_split(args.split, config["datasets"], args.data_root or config["data"]["root"])
-        wanted, side = chosen(split, args.rows, args.word), 130
-        columns = 4 + min(MOST_REGIONS, model.region_prompts.prompts.shape[0])
-    examples = [explain(model, tokenizer, config, split.load_image(i), caption, args.word) for i, caption in wanted]
-    where = args.image and Path(args.image).name or args.split
+        split, where = data.load_split(args.split, config["datasets"], args.data_root or config["data"]["root"]), args.split
+        wanted = [(split, i, caption, words[0]) for i, caption in chosen(split, args.rows, words[0])]
+    examples = [explain(model, tokenizer, config, split.load_image(i), caption, word) for split, i, caption, word in wanted]
     picture = draw(examples, f"{config['backbone']} trained on {config['data']['name']}: {where}", side, columns)
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -177,16 +180,19 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", required=True, metavar="FILE", help="checkpoint, found as eval_grm.py finds it")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--image", metavar="FILE", help="one image of your own, with --caption")
+    what.add_argument("--image", nargs="+", metavar="FILE", help="images of your own, with as many --caption")
     what.add_argument("--split", default="shapes", metavar="NAME", help="sheet of a split or part of one (default: shapes)")
-    parser.add_argument("--caption", metavar="TEXT", help="what to look for in --image")
-    parser.add_argument("--word", metavar="WORD", help="word whose map is drawn (default: the one with the highest mask)")
+    parser.add_argument("--caption", nargs="+", metavar="TEXT", help="what to look for in each --image")
+    parser.add_argument("--word", nargs="+", metavar="WORD",
+                        help="word whose map is drawn, one for a split or one for each --image (default: that of the highest mask)")
     parser.add_argument("--data-root", metavar="DIR", help="folder that holds the data sets (default: the checkpoint's)")
     parser.add_argument("--rows", type=int, default=4, metavar="N", help="images of a sheet (default 4)")
     parser.add_argument("--out", required=True, metavar="FILE", help="picture to write, as sheet.png")
     args = parser.parse_args()
-    if (args.image is None) != (args.caption is None):
-        parser.error("--image and --caption go together")
+    if len(args.image or []) != len(args.caption or []):
+        parser.error("--image and --caption go together, a caption for each image")
+    if args.word and len(args.word) != len(args.image or ["a split"]):
+        parser.error("--word takes one word for a split, or one for each --image")
     if args.rows < 1:
         parser.error("--rows must be at least 1")
     try:

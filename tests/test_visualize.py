@@ -106,6 +106,12 @@ def test_one_image_and_a_sheet_by_the_script(checkpoint, tmp_path, monkeypatch, 
         assert failure is None
         heights.append(Image.open(out).height)
     assert heights[1] > heights[0] + 150
+    two = [tmp_path / "mine.png"] * 2
+    failure, _ = visualize(monkeypatch, capsys, "--ckpt", checkpoint, "--image", *two, "--caption", "a red circle", "a square",
+                           "--word", "red", "square", "--out", tmp_path / "two.png")
+    assert failure is None and Image.open(tmp_path / "two.png").height == pytest.approx(heights[1], abs=2)
+    failure, printed = visualize(monkeypatch, capsys, "--ckpt", checkpoint, "--image", *two, "--caption", "a", "--out", "x.png")
+    assert failure == 2
 
 
 @pytest.mark.parametrize("argv, said", [
