@@ -46,8 +46,8 @@ class SignificanceAdapter(nn.Module):
     Each image (caption) has a budget: the logits of its valid tokens are shifted alike, so that the probabilities have the
     mean `keep`. Without one the mask ends at either extreme. A mean under the mask is largest if only the most telling
     tokens stay (on the scenes: colours, but neither shapes nor sizes), and where tokens tell alike the noise of the draw
-    rewards masks that are one everywhere (on photographs: 1.000 +- 0.010, and `key` equalled `ori`). README has the figures,
-    also of the activation between the maps, without which rSum on the scenes was within what a seed can do.
+    rewards masks that are one everywhere (on photographs: 1.000 +- 0.010, and `key` equalled `ori`). RESULTS.md has
+    the figures, also of the activation between the maps, without which rSum on the scenes was within what a seed can do.
 
     forward: tokens (B, L, d), valid (B, L) bool or None -> mask (B, L) in [0, 1], 0 where invalid.
     """
