@@ -102,7 +102,7 @@ def test_half_precision_captions_change_no_rank_but_near_ties(tiny_model, tiny_c
                   for texts in (halved, whole))
     assert halved[0][1].tokens.dtype == torch.float16
     for level in full:
-        a, b, tie = half[level].numpy(), full[level].numpy(), 2e-4
+        a, b, tie = half[level].numpy(), full[level].numpy(), 3e-4
         assert np.abs(a - b).max() < tie / 2
         for ours, exact, near in zip(sorted_ranks(a, split.image_of_text), sorted_ranks(b, split.image_of_text),
                                      near_ties(b, split.image_of_text, tie)):
