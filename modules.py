@@ -169,6 +169,9 @@ def contrastive_loss(similarity: Tensor, image_ids: Tensor, kind: str = "infonce
 
     infonce:  mean_i  -log( exp(s_ii / temperature) / (exp(s_ii / temperature) + sum_negatives exp(s_ij / temperature)) )
     triplet:  mean_i  max(0, margin + max_negatives s_ij - s_ii)     (VSE++; 0 for a row without negatives)
+
+    From scratch on the scenes (150 steps, a ViT, one seed; RESULTS.md) infonce at temperature 0.05, 0.02, 0.01 reached rSum 286,
+    325, 297; triplet collapsed at 9.7.
     """
     similarity = similarity.float()
     positive = similarity.diagonal()

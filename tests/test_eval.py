@@ -92,7 +92,7 @@ def shapes(tiny_config):
     return split, data.load_tokenizer(None, split.texts)
 
 
-def test_half_precision_captions_change_no_rank_but_near_ties(tiny_model, tiny_config, shapes):
+def test_captions_in_16_bits_change_no_rank_but_near_ties(tiny_model, tiny_config, shapes):
     split, tokenizer = shapes
     halved = eval_grm.encode_captions(tiny_model.eval(), split, tokenizer, tiny_config, torch.device("cpu"), 64, False)
     ids = data.tokenize(tokenizer, split.texts, 64)
@@ -100,9 +100,9 @@ def test_half_precision_captions_change_no_rank_but_near_ties(tiny_model, tiny_c
         whole = [(i, tiny_model.encode_text(x, valid)) for i, x, valid in data.text_batches(ids, 64, 0)]
     half, full = (eval_grm.similarity_matrices(tiny_model, split, range(32), texts, tiny_config, torch.device("cpu"), 16, False)
                   for texts in (halved, whole))
-    assert halved[0][1].tokens.dtype == torch.float16
+    assert halved[0][1].tokens.element_size() == 2
     for level in full:
-        a, b, tie = half[level].numpy(), full[level].numpy(), 3e-4
+        a, b, tie = half[level].numpy(), full[level].numpy(), 5e-5
         assert np.abs(a - b).max() < tie / 2
         for ours, exact, near in zip(sorted_ranks(a, split.image_of_text), sorted_ranks(b, split.image_of_text),
                                      near_ties(b, split.image_of_text, tie)):
