@@ -99,8 +99,9 @@ def check(config: dict):
     for key in POSITIVE:
         if not get(key) > 0:
             raise ConfigError(f"{key} is {get(key)!r}; it must be above 0")
-    if not 0 < config["model"]["keep"] < 1:
-        raise ConfigError(f"model.keep is {config['model']['keep']!r}; it must lie between 0 and 1")
+    for key in ("image_keep", "text_keep"):
+        if not 0 < config["model"][key] < 1:
+            raise ConfigError(f"model.{key} is {config['model'][key]!r}; it must lie between 0 and 1")
     for key, valid in CHOICES.items():
         if get(key) not in valid:
             raise ConfigError(f"{key} is '{get(key)}'; valid: {', '.join(valid)}")

@@ -258,15 +258,15 @@ class GRM(nn.Module):
     """
 
     def __init__(self, image_encoder: nn.Module, text_encoder: nn.Module, dim: int = 512, num_prompts: int = 5,
-                 tau: float = 1.0, keep: float = 0.5, levels: dict[str, float] | None = None, image_mask: bool = True,
-                 text_mask: bool = True, prompts: bool = True, uncertainty: bool = True):
+                 tau: float = 1.0, image_keep: float = 0.5, text_keep: float = 0.5, levels: dict[str, float] | None = None,
+                 image_mask: bool = True, text_mask: bool = True, prompts: bool = True, uncertainty: bool = True):
         super().__init__()
         self.levels = {"ori": 0.4, "key": 0.4, "unc": 0.2} if levels is None else levels
         self.image_encoder, self.text_encoder = image_encoder, text_encoder
         self.image_proj = nn.Linear(image_encoder.num_features, dim)
         self.text_proj = nn.Linear(text_encoder.config.hidden_size, dim)
-        self.image_adapter = SignificanceAdapter(dim, tau, keep) if image_mask else KeepAll()
-        self.text_adapter = SignificanceAdapter(dim, tau, keep) if text_mask else KeepAll()
+        self.image_adapter = SignificanceAdapter(dim, tau, image_keep) if image_mask else KeepAll()
+        self.text_adapter = SignificanceAdapter(dim, tau, text_keep) if text_mask else KeepAll()
         self.region_prompts = RegionPrompts(dim, num_prompts if prompts else 1)
         if not prompts:                             # a prompt of zeros scores every token alike: its attention is the mask
             nn.init.zeros_(self.region_prompts.prompts.requires_grad_(False))

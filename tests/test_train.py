@@ -33,7 +33,7 @@ def test_general_settings_give_way_to_special_ones():
     ("train.learning_rate=1", "train.lr"), ("lr=1", "train.lr"), ("train=1", "train.lr"), ("train.lr", "key=value"),
     ("train.lr=fast", "float"), ("train.batch_size=0", "at least 1"), ("train.batch_size=true", "int"),
     ("train.lr=-1", "above 0"), ("loss.kind=hinge", "infonce, triplet"), ("data.epoch=all", "captions, images"),
-    ("model.num_prompts=0", "at least 1"), ("model.keep=1", "between 0 and 1"), ("loss.kind=[", "YAML")])
+    ("model.num_prompts=0", "at least 1"), ("model.text_keep=1", "between 0 and 1"), ("loss.kind=[", "YAML")])
 def test_a_setting_that_cannot_be_names_what_can(item, said):
     with pytest.raises(ConfigError, match=said) as error:
         load_config(CONFIG, "vit_micro", sets=[item])
