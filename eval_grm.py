@@ -255,10 +255,12 @@ def load_checkpoint(path: str | Path) -> dict:
 def model_from_checkpoint(checkpoint: dict):
     """-> GRM in evaluation mode, its tokeniser. Needs neither hub nor pretrained weights."""
     tokenizer = data.tokenizer_from_state(checkpoint["tokenizer"])
-    model = modules.build_grm(checkpoint["config"], len(tokenizer), tokenizer.pad_token_id, checkpoint["text_config"],
-                              pretrained=False)
     try:
+        model = modules.build_grm(checkpoint["config"], len(tokenizer), tokenizer.pad_token_id, checkpoint["text_config"],
+                                  pretrained=False)
         model.load_state_dict(checkpoint["model"])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"the checkpoint's settings are those of another version of this code: {error}") from None
     except RuntimeError as error:
         raise CheckpointError(f"the checkpoint's weights do not fit its configuration: {str(error).splitlines()[1].strip()}") from None
     return model.eval(), tokenizer

@@ -223,6 +223,14 @@ def test_what_is_not_a_checkpoint_is_one_line_and_never_runs(content, script, ru
     assert not Bomb.path.exists()
 
 
+def test_a_checkpoint_of_another_version_is_one_line(run_folder, tmp_path, script):
+    checkpoint = torch.load(run_folder / "best.pt", weights_only=True)
+    checkpoint["config"]["model"]["unheard_of"] = 1
+    torch.save(checkpoint, tmp_path / "best.pt")
+    failure, _ = script("eval", "--ckpt", tmp_path / "best.pt", "--split", "shapes")
+    assert "another version" in failure and "unheard_of" in failure and "\n" not in failure
+
+
 @pytest.mark.parametrize("argv, said", [
     (["--ckpt", "nowhere.pt"], "no such checkpoint"),
     (["--split", "coco7k"], "coco5k"),                                                   # lists what there is
