@@ -250,7 +250,8 @@ def without_special_tokens(valid: Tensor) -> Tensor:
 class GRM(nn.Module):
     """The whole model over a timm image encoder and a Hugging Face text encoder.
 
-    levels: {"ori": a, "key": b, "unc": c}; a level of weight 0 is neither computed nor reported.
+    levels: {"ori": a, "key": b, "unc": c}; a level of weight 0 is neither computed nor reported. image_keep, text_keep: the
+    budgets of the two adapters, each the mean of its mask.
 
     Switches, for ablations: without image_mask or text_mask every (valid) token has mask 1; without prompts an image has one
     region, the mean of its tokens weighted by the mask, whatever num_prompts; without uncertainty regions are their means in

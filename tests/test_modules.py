@@ -229,6 +229,14 @@ def test_levels_are_the_papers_three_pairs(tiny_model):
     assert (plain - masked).abs().max() > 1e-4
 
 
+def test_each_modality_has_its_own_budget(tiny_config):
+    tiny_config["model"] |= {"image_keep": 0.2, "text_keep": 0.7}
+    model = build_grm(tiny_config, vocab_size=120, pad_id=0).eval()
+    image, text = model(*batch(model))
+    torch.testing.assert_close(image.mask.mean(1), torch.full((4,), 0.2), rtol=0, atol=1e-4)
+    torch.testing.assert_close(text.mask.sum(1) / text.valid.sum(1), torch.full((4,), 0.7), rtol=0, atol=1e-4)
+
+
 def test_a_mask_acts_as_weights_not_as_a_scale(tiny_model):
     """Traps 1 and 2: the mask is not cancelled by the cosine, and halving all of it changes nothing, so nothing pushes it
     towards one."""
