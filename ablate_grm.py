@@ -44,6 +44,7 @@ T_QUANTILE = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.
               2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
 ELSEWHERE = {"data.root", "data.workers"}           # settings that may differ between a run and its continuation
 EVIDENCE = {"pointing": ("grounding", "masks", "pointing_game"), "AUC image": ("probes", "image_mask_auc"),
+            "AUC outlines": ("probes", "image_mask_auc_outlines"),
             "AUC text": ("probes", "text_mask_auc"), "cosine": ("probes", "region_cosine")}
 
 

@@ -491,7 +491,8 @@ class EvalImages(torch.utils.data.Dataset):
 
 
 class ShapesSplit(Split):
-    """Scenes drawn from (seed, part, index), no files. phrases(i): each caption's list of Phrase; objects(i): every box."""
+    """Scenes drawn from (seed, part, index), no files. phrases(i): each caption's list of Phrase; objects(i): every box;
+    outlines(i): every object's corners, which only drawn images know."""
 
     def __init__(self, name, image_names, scenes):
         super().__init__(name, image_names, [scene.captions for scene in scenes])
@@ -508,6 +509,9 @@ class ShapesSplit(Split):
 
     def objects(self, i):
         return [o.box for o in self.scenes[i].objects]
+
+    def outlines(self, i):
+        return [o.outline for o in self.scenes[i].objects]
 
 
 def shapes_split(block, part, where):

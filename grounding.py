@@ -9,6 +9,7 @@ import re
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -42,6 +43,15 @@ def inside(boxes, grid: int) -> np.ndarray:
     x, y = np.tile(centre, grid), np.repeat(centre, grid)
     x0, y0, x1, y1 = np.asarray(boxes, dtype=float).reshape(-1, 4).T[..., None]
     return (x0 <= x) & (x <= x1) & (y0 <= y) & (y <= y1)
+
+
+def inside_outlines(outlines, grid: int) -> np.ndarray:
+    """(L,) bool: which patch centres lie within any of the outlines, each a list of corners (x, y) in fractions of the image."""
+    fine = 32                                                    # pixels a patch
+    image = Image.new("1", (fine * grid, fine * grid))
+    for outline in outlines:
+        ImageDraw.Draw(image).polygon([(fine * grid * x, fine * grid * y) for x, y in outline], fill=1)
+    return np.asarray(image)[fine // 2::fine, fine // 2::fine].ravel()
 
 
 def boxes_of_map(heat: np.ndarray, threshold: float = BOX_THRESHOLD) -> np.ndarray:
@@ -141,7 +151,7 @@ def measure(model, split, tokenizer, config: dict, device, batch_size: int = 64,
     transform = data.image_transform(config["image"]["size"], *statistics, train=False)
     loader = DataLoader(data.EvalImages(split, transform), batch_size, num_workers=config["data"]["workers"])
     found = {name: {"hits": [], "boxes": []} for name in MAPS}
-    object_patches, ground_patches, content, function = [], [], [], []
+    object_patches, ground_patches, drawn, undrawn, content, function = [], [], [], [], [], []
     chance, covered, one_object, variance, several, image_of_phrase, figures = [], [], [], [], [], [], []
     encoded, skipped, first = [], 0, 0
     for batch in tqdm(loader, desc=f"{split.name}: grounding", disable=not progress, leave=False):
@@ -165,13 +175,15 @@ def measure(model, split, tokenizer, config: dict, device, batch_size: int = 64,
                 anywhere = within.any(0)
                 object_patches.extend(mask_v[b, anywhere])
                 ground_patches.extend(mask_v[b, ~anywhere])
+                if hasattr(split, "outlines"):
+                    on_object = inside_outlines(split.outlines(i), grid)
+                    drawn.extend(mask_v[b, on_object])
+                    undrawn.extend(mask_v[b, ~on_object])
                 best = (within.astype(np.float32) @ attention[b]).argmax(0)                      # (K,)
                 covered.append(len(set(best)) / len(objects))
                 one_object.append(1 / len(objects))
             for words, phrases in zip(split.captions[i], phrases_of):
                 mask, places, products = mask_t[caption], offsets[caption], tokens_t[caption] @ tokens_v[b].T
-                special = [m for m, (start, end) in enumerate(places) if start == end]
-                function.extend(mask[special])
                 for start, end, is_content in word_kinds(words, phrases):
                     (content if is_content else function).extend(mask[token_indices(places, start, end)])
                 for phrase in phrases:
@@ -196,7 +208,8 @@ def measure(model, split, tokenizer, config: dict, device, batch_size: int = 64,
     grounding = {"phrases": len(chance), "phrases_cut_off": skipped, "chance": mean(chance)}
     for name, kept in found.items():
         grounding[name] = {"pointing_game": mean(kept["hits"]), "box_recall": mean(kept["boxes"])}
-    probes = {"image_mask_auc": auc(object_patches, ground_patches), "text_mask_auc": auc(content, function),
+    probes = {"image_mask_auc": auc(object_patches, ground_patches), "image_mask_auc_outlines": auc(drawn, undrawn),
+              "text_mask_auc": auc(content, function),
               "region_cosine": weighted("region_cosine"),
               "region_coverage": mean(covered), "coverage_of_one": mean(one_object)}
     if model.sampler.sample:
@@ -248,7 +261,9 @@ def table(report: dict) -> str:
              line(f"boxes found at IoU 0.5 (patches above {BOX_THRESHOLD} of the range)",
                   *(show(grounding[m]["box_recall"]) for m in MAPS)),
              "probes",
-             line("image mask: AUC, patches of objects against ground", show(probes["image_mask_auc"])),
+             line("image mask: AUC, patches in boxes of objects against others", show(probes["image_mask_auc"]))
+             + (f"   (on the objects themselves: {show(probes['image_mask_auc_outlines'])})"
+                if probes["image_mask_auc_outlines"] is not None else ""),
              line("text mask: AUC, content words against function words", show(probes["text_mask_auc"])),
              line("regions: mean cosine between an image's means", show(probes["region_cosine"])),
              line("regions: share of objects that some region covers most", show(probes["region_coverage"]))

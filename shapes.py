@@ -54,6 +54,11 @@ class Object:
     radius: float
     box: tuple[float, float, float, float]
 
+    @property
+    def outline(self) -> list[tuple[float, float]]:
+        """The corners of what is drawn, in fractions of the image."""
+        return [(self.centre[0] + self.radius * u, self.centre[1] + self.radius * v) for u, v in OUTLINES[self.words[2]]]
+
     def fits(self, said):
         return all(word in (None, own) for word, own in zip(said, self.words))
 
@@ -143,8 +148,7 @@ def draw(objects, size, rng):
         canvas.polygon(points.ravel().tolist(), colour)
     for o in objects:
         colour = np.clip(COLOURS[o.words[1]] + rng.integers(-12, 13, 3), 0, 255)
-        outline = s * (o.centre + o.radius * np.array(OUTLINES[o.words[2]]))
-        canvas.polygon(outline.ravel().tolist(), tuple(colour.tolist()))
+        canvas.polygon((s * np.array(o.outline)).ravel().tolist(), tuple(colour.tolist()))
     return np.clip(image.reduce(3) + rng.normal(0, 6, (size, size, 1)), 0, 255).astype(np.uint8)
 
 

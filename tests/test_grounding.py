@@ -10,7 +10,7 @@ import data
 import entities
 import grounding
 import modules
-from shapes import Phrase
+from shapes import Object, Phrase
 
 # ------------------------------------------------------------------------------------------------------------ the figures
 
@@ -30,6 +30,16 @@ def test_a_patch_is_inside_a_box_when_its_centre_is():
     assert within[0].reshape(4, 4).tolist() == [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
     assert within[1].reshape(4, 4).tolist() == [[0, 0, 0, 0], [0, 0, 0, 0], [0, 1, 1, 1], [0, 1, 1, 1]]
     assert grounding.inside([], 4).shape == (0, 16)
+
+
+def test_a_patch_is_on_an_object_when_its_centre_is_within_the_outline():
+    triangle = [(0, 1), (1, 1), (.5, 0)]                          # its box is the whole image
+    within = grounding.inside_outlines([triangle], 4).reshape(4, 4).astype(int).tolist()
+    assert within == [[0, 0, 0, 0], [0, 1, 1, 0], [0, 1, 1, 0], [1, 1, 1, 1]]
+    ring = Object(("large", "red", "ring"), (.5, .5), .5, (0, 0, 1, 1)).outline
+    within = grounding.inside_outlines([ring], 4).reshape(4, 4).astype(int).tolist()
+    assert within == [[0, 1, 1, 0], [1, 0, 0, 1], [1, 0, 0, 1], [0, 1, 1, 0]]
+    assert not grounding.inside_outlines([], 4).any()
 
 
 def test_a_map_becomes_the_tight_boxes_of_its_connected_high_patches():
@@ -146,7 +156,8 @@ def test_a_model_that_knows_gets_full_marks_and_its_opposite_none(right, tiny_co
     for name in grounding.MAPS:
         assert figures[name]["pointing_game"] == 1 if right else figures[name]["pointing_game"] < 0.2
         assert (figures[name]["box_recall"] > 0.5) == right
-    assert probes["image_mask_auc"] == right and probes["text_mask_auc"] == pytest.approx(float(right), abs=0.05)
+    assert probes["image_mask_auc"] == right and probes["text_mask_auc"] == right
+    assert (probes["image_mask_auc_outlines"] > 0.5) == right            # its masks fill the boxes, which outlines do not
     assert probes["region_coverage"] == 1 and probes["region_cosine"] == pytest.approx(0)
     assert probes["image_error_auroc"] is None                                                   # ties: nothing is retrieved
     assert "pointing game" in grounding.table(report)
@@ -210,7 +221,9 @@ def test_grounding_runs_on_flickr30k_entities(entities_root, tiny_model, tiny_co
     datasets = tiny_config["datasets"]
     split = data.with_phrases(data.load_split("f30k", datasets, entities_root), datasets, entities_root)
     tokenizer = data.build_tokenizer(split.texts)
-    figures = grounding.measure(tiny_model, split, tokenizer, tiny_config, torch.device("cpu"), 4, False)["grounding"]
+    figures = grounding.measure(tiny_model, split, tokenizer, tiny_config, torch.device("cpu"), 4, False)
+    assert figures["probes"]["image_mask_auc_outlines"] is None and "AUC" in grounding.table(figures)
+    figures = figures["grounding"]
     assert figures["phrases"] == 3 and figures["chance"] == pytest.approx((2 * 0.66 + 0.16) / 3, abs=0.15)
 
 
