@@ -10,6 +10,7 @@ written anew after every run. best.pt is chosen on the validation split, the tab
 """
 import argparse
 import json
+import operator
 import os
 import re
 import shlex
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections import deque
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -29,7 +31,7 @@ import data
 import train_grm
 
 GROUPS = {
-    "parts": {"ori_only": ["loss.key=0", "loss.unc=0"], "no_image_mask": ["model.image_mask=false"],
+    "parts": {"ori_only": ["loss.ori=1", "loss.key=0", "loss.unc=0"], "no_image_mask": ["model.image_mask=false"],
               "no_text_mask": ["model.text_mask=false"], "no_prompts": ["model.prompts=false"],
               "no_uncertainty": ["model.uncertainty=false"]},
     "levels": {f"no_{level}": [f"loss.{level}=0"] for level in ("ori", "key", "unc")},
@@ -45,7 +47,8 @@ T_QUANTILE = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.
 ELSEWHERE = {"data.root", "data.workers"}           # settings that may differ between a run and its continuation
 EVIDENCE = {"pointing": ("grounding", "masks", "pointing_game"), "AUC image": ("probes", "image_mask_auc"),
             "AUC outlines": ("probes", "image_mask_auc_outlines"),
-            "AUC text": ("probes", "text_mask_auc"), "cosine": ("probes", "region_cosine")}
+            "AUC text": ("probes", "text_mask_auc"), "cosine": ("probes", "region_cosine"),
+            "variance": ("probes", "variance_difference", 0)}
 
 
 # -------------------------------------------------------------------------------------------------------- the statistics
@@ -102,6 +105,9 @@ def markdown(rows: list[dict], title: str, commands: dict[str, str]) -> str:
         f"# {title}", "",
         "rSum in per cent, ± the standard deviation over seeds. Difference: the variant less `full`, paired by seed, with a",
         "95% interval (Student's t); below 0, what was switched off helps. Time: of a training step, against `full`.", "",
+        *["Pointing game with the masks; AUC of the image mask against objects' boxes and outlines, of the text mask against",
+          "function words; mean cosine of an image's regions; variance of a phrase's region, several objects less one.", ""]
+        * bool(evidence),
         *("| " + " | ".join(cells) + " |" for cells in table), "",
         "The command of each row's first run; `train.seed` gives the others:", "",
         *(f"- {name}: `{command}`" for name, command in commands.items()), ""])
@@ -162,10 +168,10 @@ class Run:
                   "split": wanted[0]["test_split"] if wanted else report["split"],
                   "step_seconds": self.config["train"]["batch_size"] / statistics.median(rates)}
         for name, keys in EVIDENCE.items() if self.args.grounding else ():
-            value = report
-            for key in keys:
-                value = value[key]
-            result[name] = value
+            try:
+                result[name] = reduce(operator.getitem, keys, report)
+            except (KeyError, TypeError):                       # no variance without uncertainty
+                result[name] = None
         return result
 
     def command(self) -> list[str]:

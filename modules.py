@@ -109,7 +109,7 @@ class RegionPrompts(nn.Module):
     forward: tokens (B, L, d), mask (B, L) or None -> means (B, K, d), attention (B, L, K), columns summing to 1 over L.
     """
 
-    def __init__(self, dim: int, num_prompts: int, scale: float = 10.0, bias: float = -5.0):
+    def __init__(self, dim: int, num_prompts: int, scale: float = 40.0, bias: float = -20.0):
         super().__init__()
         self.prompts = nn.Parameter(torch.randn(num_prompts, dim))
         self.log_scale = nn.Parameter(torch.tensor(math.log(scale)))

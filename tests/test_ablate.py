@@ -193,6 +193,12 @@ def test_a_finished_run_is_recognised_and_an_interrupted_one_goes_on(script, tmp
     assert rows["no_unc"]["command"].endswith("loss.unc=0 train.seed=3") and rows["no_unc"]["difference"] is not None
     assert (tmp_path / "table.md").read_text().count("\n| ") == 4
 
+    failure, printed = ablate(monkeypatch, capsys, "--out", tmp_path, "--seeds", 1, "--first-seed", 3, "--jobs", 1,
+                              "--variants", "full", "no_unc", "--grounding", "--set", *settings)
+    probes = json.loads((tmp_path / "no_unc" / "seed3" / "test" / "metrics.json").read_text())["probes"]
+    assert f"| {probes['image_mask_auc_outlines']:.3f} | {probes['text_mask_auc']:.3f} |" in printed
+    assert f"| {probes['variance_difference'][0]:.3f} |\n" in printed
+
     failure, _ = ablate(monkeypatch, capsys, "--out", tmp_path, "--seeds", 1, "--first-seed", 3, "--variants", "full",
                         "--set", *settings, "train.lr=1e-4")
     assert "full/seed3 was trained with another train.lr" in failure and "\n" not in failure
