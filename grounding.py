@@ -86,16 +86,18 @@ def token_indices(offsets, start: int, end: int) -> list[int]:
     return [m for m, (first, last) in enumerate(offsets) if first < min(end, last) and last > start]
 
 
-def word_kinds(caption: str, phrases) -> list[tuple[int, int, bool]]:
-    """(start, end, content?) of the caption's words and marks. Function words are articles, punctuation and other words of
-    grammar; content words are the rest of a phrase with boxes, and words of place; what is neither is left out."""
+def word_kinds(caption: str, phrases) -> list[tuple[int, int, str]]:
+    """(start, end, kind) of the caption's words and marks. `function`: articles, punctuation and other words of grammar.
+    Content: the rest of a phrase with boxes, `phrase`, and words of place, `place`. What is none of these is left out."""
     kinds = []
     for word in re.finditer(r"\w+|[^\w\s]", caption):
         start, end, text = *word.span(), word[0].lower()
         if text in FUNCTION_WORDS or not text[0].isalnum():
-            kinds.append((start, end, False))
-        elif text in RELATIONS or any(p.boxes and p.start <= start and end <= p.end for p in phrases):
-            kinds.append((start, end, True))
+            kinds.append((start, end, "function"))
+        elif text in RELATIONS:
+            kinds.append((start, end, "place"))
+        elif any(p.boxes and p.start <= start and end <= p.end for p in phrases):
+            kinds.append((start, end, "phrase"))
     return kinds
 
 
@@ -151,7 +153,8 @@ def measure(model, split, tokenizer, config: dict, device, batch_size: int = 64,
     transform = data.image_transform(config["image"]["size"], *statistics, train=False)
     loader = DataLoader(data.EvalImages(split, transform), batch_size, num_workers=config["data"]["workers"])
     found = {name: {"hits": [], "boxes": []} for name in MAPS}
-    object_patches, ground_patches, drawn, undrawn, content, function = [], [], [], [], [], []
+    object_patches, ground_patches, drawn, undrawn = [], [], [], []
+    word_masks = {"phrase": [], "place": [], "function": []}
     chance, covered, one_object, variance, several, image_of_phrase, figures = [], [], [], [], [], [], []
     encoded, skipped, first = [], 0, 0
     for batch in tqdm(loader, desc=f"{split.name}: grounding", disable=not progress, leave=False):
@@ -184,8 +187,8 @@ def measure(model, split, tokenizer, config: dict, device, batch_size: int = 64,
                 one_object.append(1 / len(objects))
             for words, phrases in zip(split.captions[i], phrases_of):
                 mask, places, products = mask_t[caption], offsets[caption], tokens_t[caption] @ tokens_v[b].T
-                for start, end, is_content in word_kinds(words, phrases):
-                    (content if is_content else function).extend(mask[token_indices(places, start, end)])
+                for start, end, kind in word_kinds(words, phrases):
+                    word_masks[kind].extend(mask[token_indices(places, start, end)])
                 for phrase in phrases:
                     tokens = token_indices(places, phrase.start, phrase.end)
                     if not phrase.boxes or not tokens:
@@ -209,7 +212,9 @@ def measure(model, split, tokenizer, config: dict, device, batch_size: int = 64,
     for name, kept in found.items():
         grounding[name] = {"pointing_game": mean(kept["hits"]), "box_recall": mean(kept["boxes"])}
     probes = {"image_mask_auc": auc(object_patches, ground_patches), "image_mask_auc_outlines": auc(drawn, undrawn),
-              "text_mask_auc": auc(content, function),
+              "text_mask_auc": auc(word_masks["phrase"] + word_masks["place"], word_masks["function"]),
+              "text_mask_auc_phrases": auc(word_masks["phrase"], word_masks["function"]),
+              "text_mask_auc_places": auc(word_masks["place"], word_masks["function"]),
               "region_cosine": weighted("region_cosine"),
               "region_coverage": mean(covered), "coverage_of_one": mean(one_object)}
     if model.sampler.sample:
@@ -264,7 +269,8 @@ def table(report: dict) -> str:
              line("image mask: AUC, patches in boxes of objects against others", show(probes["image_mask_auc"]))
              + (f"   (on the objects themselves: {show(probes['image_mask_auc_outlines'])})"
                 if probes["image_mask_auc_outlines"] is not None else ""),
-             line("text mask: AUC, content words against function words", show(probes["text_mask_auc"])),
+             line("text mask: AUC, content words against function words", show(probes["text_mask_auc"]))
+             + f"   (of phrases: {show(probes['text_mask_auc_phrases'])}, of place: {show(probes['text_mask_auc_places'])})",
              line("regions: mean cosine between an image's means", show(probes["region_cosine"])),
              line("regions: share of objects that some region covers most", show(probes["region_coverage"]))
              + f"   (one region: {show(probes['coverage_of_one'])})"]

@@ -68,9 +68,8 @@ def test_phrases_find_their_tokens_through_the_offsets():
 def test_words_are_content_function_or_neither():
     caption = "A picture of a red circle , left of it"
     kinds = grounding.word_kinds(caption, [Phrase("a red circle", 13, 25, [(0, 0, 1, 1)])])
-    kinds = [(caption[start:end], content) for start, end, content in kinds]
-    assert [word for word, content in kinds if content] == ["red", "circle", "left"]
-    assert [word for word, content in kinds if not content] == ["A", "of", "a", ",", "of", "it"]
+    words = {kind: [caption[start:end] for start, end, own in kinds if own == kind] for kind in ("phrase", "place", "function")}
+    assert words == {"phrase": ["red", "circle"], "place": ["left"], "function": ["A", "of", "a", ",", "of", "it"]}
 
 
 def test_where_a_phrase_looks_is_the_weighted_mean_of_its_words_maps():
@@ -157,6 +156,7 @@ def test_a_model_that_knows_gets_full_marks_and_its_opposite_none(right, tiny_co
         assert figures[name]["pointing_game"] == 1 if right else figures[name]["pointing_game"] < 0.2
         assert (figures[name]["box_recall"] > 0.5) == right
     assert probes["image_mask_auc"] == right and probes["text_mask_auc"] == right
+    assert probes["text_mask_auc_phrases"] == probes["text_mask_auc_places"] == right
     assert (probes["image_mask_auc_outlines"] > 0.5) == right            # its masks fill the boxes, which outlines do not
     assert probes["region_coverage"] == 1 and probes["region_cosine"] == pytest.approx(0)
     assert probes["image_error_auroc"] is None                                                   # ties: nothing is retrieved
