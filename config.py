@@ -16,7 +16,7 @@ FREE = ("image.options", "text.options", "datasets")           # below these, --
 AT_LEAST = {"train.epochs": 1, "train.max_steps": 1, "train.batch_size": 1, "train.micro_batch": 1, "train.log_every": 1,
             "train.val_every": 1, "image.size": 1, "text.max_length": 3, "model.dim": 1, "model.num_prompts": 1,
             "train.max_bad_steps": 1, "data.workers": 0, "train.warmup": 0, "train.weight_decay": 0, "train.save_minutes": 0}
-POSITIVE = ("model.tau", "loss.temperature", "train.lr", "train.clip")
+POSITIVE = ("model.tau", "model.prompt_scale", "loss.temperature", "train.lr", "train.clip")
 CHOICES = {"loss.kind": ("infonce", "triplet"), "data.epoch": ("captions", "images")}
 
 

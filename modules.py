@@ -104,17 +104,17 @@ class RegionPrompts(nn.Module):
 
     Prompts are L2-normalised. A bare sigmoid of a product of unit vectors lies in [0.27, 0.73], which makes every region
     the global mean, so the scores have a learned scale and, because a region covers a small part of an image, a negative
-    bias. From 10 and -5 instead of 40 and -20 a scene's regions ended at a mean cosine of 0.55 instead of 0.49 (1,200 steps;
-    RESULTS.md). The saliency mask enters as a factor of the attention, and each column is normalised over the L tokens.
+    bias; at first bias = -scale / 2. From 40 instead of 10 a scene's regions differ more (mean cosine 0.50 instead of 0.55) but
+    the first hundreds of steps learn less (RESULTS.md). The saliency mask enters as a factor of the attention, and each column is normalised over the L tokens.
 
     forward: tokens (B, L, d), mask (B, L) or None -> means (B, K, d), attention (B, L, K), columns summing to 1 over L.
     """
 
-    def __init__(self, dim: int, num_prompts: int, scale: float = 40.0, bias: float = -20.0):
+    def __init__(self, dim: int, num_prompts: int, scale: float = 10.0):
         super().__init__()
         self.prompts = nn.Parameter(torch.randn(num_prompts, dim))
         self.log_scale = nn.Parameter(torch.tensor(math.log(scale)))
-        self.bias = nn.Parameter(torch.tensor(bias))
+        self.bias = nn.Parameter(torch.tensor(-scale / 2))
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         scores = tokens @ F.normalize(self.prompts, dim=-1).T                                    # (B, L, K)
@@ -260,8 +260,9 @@ class GRM(nn.Module):
     """
 
     def __init__(self, image_encoder: nn.Module, text_encoder: nn.Module, dim: int = 512, num_prompts: int = 5,
-                 tau: float = 1.0, image_keep: float = 0.5, text_keep: float = 0.5, levels: dict[str, float] | None = None,
-                 image_mask: bool = True, text_mask: bool = True, prompts: bool = True, uncertainty: bool = True):
+                 tau: float = 1.0, image_keep: float = 0.5, text_keep: float = 0.5, prompt_scale: float = 10.0,
+                 levels: dict[str, float] | None = None, image_mask: bool = True, text_mask: bool = True, prompts: bool = True,
+                 uncertainty: bool = True):
         super().__init__()
         self.levels = {"ori": 0.4, "key": 0.4, "unc": 0.2} if levels is None else levels
         self.image_encoder, self.text_encoder = image_encoder, text_encoder
@@ -269,7 +270,7 @@ class GRM(nn.Module):
         self.text_proj = nn.Linear(text_encoder.config.hidden_size, dim)
         self.image_adapter = SignificanceAdapter(dim, tau, image_keep) if image_mask else KeepAll()
         self.text_adapter = SignificanceAdapter(dim, tau, text_keep) if text_mask else KeepAll()
-        self.region_prompts = RegionPrompts(dim, num_prompts if prompts else 1)
+        self.region_prompts = RegionPrompts(dim, num_prompts if prompts else 1, prompt_scale)
         if not prompts:                             # a prompt of zeros scores every token alike: its attention is the mask
             nn.init.zeros_(self.region_prompts.prompts.requires_grad_(False))
         self.sampler = GaussianSampler(dim, uncertainty)

@@ -229,6 +229,12 @@ def test_levels_are_the_papers_three_pairs(tiny_model):
     assert (plain - masked).abs().max() > 1e-4
 
 
+def test_the_attention_starts_at_the_scale_of_the_configuration(tiny_config):
+    tiny_config["model"]["prompt_scale"] = 40.0
+    prompts = build_grm(tiny_config, vocab_size=120, pad_id=0).region_prompts
+    assert prompts.log_scale.exp().item() == pytest.approx(40) and prompts.bias.item() == -20
+
+
 def test_each_modality_has_its_own_budget(tiny_config):
     tiny_config["model"] |= {"image_keep": 0.2, "text_keep": 0.7}
     model = build_grm(tiny_config, vocab_size=120, pad_id=0).eval()
