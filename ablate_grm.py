@@ -31,6 +31,7 @@ import data
 import train_grm
 
 GROUPS = {
+    # ori at the weight of the three together, so that the loss keeps its scale
     "parts": {"ori_only": ["loss.ori=1", "loss.key=0", "loss.unc=0"], "no_image_mask": ["model.image_mask=false"],
               "no_text_mask": ["model.text_mask=false"], "no_prompts": ["model.prompts=false"],
               "no_uncertainty": ["model.uncertainty=false"]},

@@ -105,7 +105,8 @@ class RegionPrompts(nn.Module):
     Prompts are L2-normalised. A bare sigmoid of a product of unit vectors lies in [0.27, 0.73], which makes every region
     the global mean, so the scores have a learned scale and, because a region covers a small part of an image, a negative
     bias; at first bias = -scale / 2. From 40 instead of 10 a scene's regions differ more (mean cosine 0.50 instead of 0.55) but
-    the first hundreds of steps learn less (RESULTS.md). The saliency mask enters as a factor of the attention, and each column is normalised over the L tokens.
+    the first hundreds of steps learn less (RESULTS.md). The saliency mask enters as a factor of the attention, and each column
+    is normalised over the L tokens.
 
     forward: tokens (B, L, d), mask (B, L) or None -> means (B, K, d), attention (B, L, K), columns summing to 1 over L.
     """
@@ -252,7 +253,7 @@ class GRM(nn.Module):
     """The whole model over a timm image encoder and a Hugging Face text encoder.
 
     levels: {"ori": a, "key": b, "unc": c}; a level of weight 0 is neither computed nor reported. image_keep, text_keep: the
-    budgets of the two adapters, each the mean of its mask.
+    budgets of the two adapters, each the mean of its mask. prompt_scale: the scale at which RegionPrompts starts.
 
     Switches, for ablations: without image_mask or text_mask every (valid) token has mask 1; without prompts an image has one
     region, the mean of its tokens weighted by the mask, whatever num_prompts; without uncertainty regions are their means in
