@@ -115,13 +115,13 @@ class EntitiesSplit(FileSplit):
 
 
 def with_phrases(split, datasets, root):
-    """The split with phrases and boxes: `shapes` has its own, others read the folder that `entities` of their block names."""
-    if hasattr(split, "phrases"):
-        return split
+    """The split with phrases and boxes: `shapes` has its own, others read the folder that `entities` of their block names.
+    Without either the split stays as it is."""
     dataset = split_names(datasets)[split.name.split("[")[0]][0]
     folder = datasets[dataset].get("entities")
-    require(type(folder) is str, f"{split.name}: its phrases have no boxes: add `entities: FOLDER` to datasets.{dataset}, "
-            "a folder in the form of Flickr30K Entities, or use --split shapes")
+    if hasattr(split, "phrases") or folder is None:
+        return split
+    require(type(folder) is str, f"datasets.{dataset}.entities must be a folder in the form of Flickr30K Entities")
     return EntitiesSplit(split, Path(root) / folder)
 
 

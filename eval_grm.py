@@ -286,7 +286,7 @@ def main():
     parser.add_argument("--batch-size", type=int, default=128, metavar="N", help="images encoded at a time (default 128)")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N images and their captions")
     parser.add_argument("--grounding", action="store_true", help="also measure what the parts of the model find: phrases against "
-                        "their boxes, masks, regions and variances (shapes, or Flickr30K with the files of Flickr30K Entities)")
+                        "their boxes (shapes, or Flickr30K with the files of Flickr30K Entities), masks, regions and variances")
     parser.add_argument("--out", metavar="DIR", help="write DIR/metrics.json; interrupted and repeated with "
                         "the same DIR, the command goes on where it stopped")
     args = parser.parse_args()

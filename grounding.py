@@ -1,6 +1,6 @@
 """Does each part of the model find what it is for? Phrases against their boxes, masks, regions and variances against the
-objects and words they should tell apart. Called by `eval_grm.py --grounding`; the data must have phrases with boxes
-(`shapes`, or Flickr30K with the files of Flickr30K Entities).
+objects and words they should tell apart. Called by `eval_grm.py --grounding`. Phrases with boxes are those of `shapes`, and of
+Flickr30K with the files of Flickr30K Entities; on other data only what needs no boxes is measured.
 
 Where a phrase looks is its similarity map over the patches, m(l) = sum_m w_m <v_l, t_m> / sum_m w_m over its tokens:
 `words` weights them alike; `masks` weights them by A_T, scales the map to [0, 1] and multiplies it by A_V.
@@ -86,17 +86,18 @@ def token_indices(offsets, start: int, end: int) -> list[int]:
     return [m for m, (first, last) in enumerate(offsets) if first < min(end, last) and last > start]
 
 
-def word_kinds(caption: str, phrases) -> list[tuple[int, int, str]]:
+def word_kinds(caption: str, phrases=None) -> list[tuple[int, int, str]]:
     """(start, end, kind) of the caption's words and marks. `function`: articles, punctuation and other words of grammar.
-    Content: the rest of a phrase with boxes, `phrase`, and words of place, `place`. What is none of these is left out."""
+    Content: words of place, `place`, and the rest of a phrase with boxes, `phrase`. What is none of these is left out, but
+    where no phrases are known (None) it is content, and all of that is `phrase`."""
     kinds = []
     for word in re.finditer(r"\w+|[^\w\s]", caption):
         start, end, text = *word.span(), word[0].lower()
         if text in FUNCTION_WORDS or not text[0].isalnum():
             kinds.append((start, end, "function"))
-        elif text in RELATIONS:
+        elif phrases is not None and text in RELATIONS:
             kinds.append((start, end, "place"))
-        elif any(p.boxes and p.start <= start and end <= p.end for p in phrases):
+        elif phrases is None or any(p.boxes and p.start <= start and end <= p.end for p in phrases):
             kinds.append((start, end, "phrase"))
     return kinds
 
@@ -147,7 +148,8 @@ def grid_side(patches: int) -> int:
 
 @torch.no_grad()
 def measure(model, split, tokenizer, config: dict, device, batch_size: int = 64, progress: bool = True) -> dict:
-    """Every figure of a split with phrases: {"grounding": {...}, "probes": {...}}; None where a figure has no meaning."""
+    """Every figure of a split: {"grounding": {...}, "probes": {...}}; None where a figure has no meaning, as all that need
+    phrases with boxes have on a split without."""
     model.eval()
     statistics = modules.image_statistics(config["image"]["name"])
     transform = data.image_transform(config["image"]["size"], *statistics, train=False)
@@ -171,8 +173,8 @@ def measure(model, split, tokenizer, config: dict, device, batch_size: int = 64,
         tokens_v, mask_v, regions, attention = (x.float().numpy() for x in image[:3] + (image.attention,))
         tokens_t, mask_t = text.tokens.numpy(), text.mask.float().numpy()
         for b, i in enumerate(rows):
-            phrases_of = split.phrases(i)
-            objects = split.objects(i)
+            phrases_of = split.phrases(i) if hasattr(split, "phrases") else [None] * len(split.captions[i])
+            objects = split.objects(i) if hasattr(split, "objects") else []
             if objects:
                 within = inside(objects, grid)                                                   # (objects, L)
                 anywhere = within.any(0)
@@ -189,7 +191,7 @@ def measure(model, split, tokenizer, config: dict, device, batch_size: int = 64,
                 mask, places, products = mask_t[caption], offsets[caption], tokens_t[caption] @ tokens_v[b].T
                 for start, end, kind in word_kinds(words, phrases):
                     word_masks[kind].extend(mask[token_indices(places, start, end)])
-                for phrase in phrases:
+                for phrase in phrases or []:
                     tokens = token_indices(places, phrase.start, phrase.end)
                     if not phrase.boxes or not tokens:
                         skipped += bool(phrase.boxes)
@@ -205,7 +207,6 @@ def measure(model, split, tokenizer, config: dict, device, batch_size: int = 64,
                     several.append(len(phrase.boxes) > 1)
                     image_of_phrase.append(i)
                 caption += 1
-    data.require(chance, f"{split.name}: no phrase of it has a box")
     mean = lambda values: float(np.mean(values)) if len(values) else None
     weighted = lambda key: sum(n * f[key].item() for n, f in figures) / len(split)
     grounding = {"phrases": len(chance), "phrases_cut_off": skipped, "chance": mean(chance)}
@@ -218,7 +219,7 @@ def measure(model, split, tokenizer, config: dict, device, batch_size: int = 64,
               "region_cosine": weighted("region_cosine"),
               "region_coverage": mean(covered), "coverage_of_one": mean(one_object)}
     if model.sampler.sample:
-        variance, several = np.array(variance), np.array(several)
+        variance, several = np.array(variance), np.array(several, dtype=bool)
         probes |= {"region_snr": weighted("region_snr"), "variance_several": mean(variance[several]),
                    "variance_one": mean(variance[~several]),
                    "variance_difference": bootstrap_difference(variance, several, image_of_phrase)}
@@ -259,27 +260,32 @@ def table(report: dict) -> str:
     show = lambda value, form="{:.3f}": "-" if value is None else form.format(value)
     line = lambda name, *values: f"  {name:58}" + "".join(f"{v:>9}" for v in values)
     lines = [f"grounding: {grounding['phrases']:,} phrases with boxes"
-             + f", {grounding['phrases_cut_off']:,} more beyond the longest caption" * bool(grounding["phrases_cut_off"]),
-             line("where the phrase looks, by", *MAPS, "chance"),
-             line("pointing game (the highest patch is in a box)", *(show(grounding[m]["pointing_game"]) for m in MAPS),
-                  show(grounding["chance"])),
-             line(f"boxes found at IoU 0.5 (patches above {BOX_THRESHOLD} of the range)",
-                  *(show(grounding[m]["box_recall"]) for m in MAPS)),
-             "probes",
-             line("image mask: AUC, patches in boxes of objects against others", show(probes["image_mask_auc"]))
-             + (f"   (on the objects themselves: {show(probes['image_mask_auc_outlines'])})"
-                if probes["image_mask_auc_outlines"] is not None else ""),
-             line("text mask: AUC, content words against function words", show(probes["text_mask_auc"]))
-             + f"   (of phrases: {show(probes['text_mask_auc_phrases'])}, of place: {show(probes['text_mask_auc_places'])})",
-             line("regions: mean cosine between an image's means", show(probes["region_cosine"])),
-             line("regions: share of objects that some region covers most", show(probes["region_coverage"]))
-             + f"   (one region: {show(probes['coverage_of_one'])})"]
+             + f", {grounding['phrases_cut_off']:,} more beyond the longest caption" * bool(grounding["phrases_cut_off"])
+             + ": what needs them is left out (`entities` of a data set's block in configs.yaml names their folder)"
+             * (not grounding["phrases"])]
+    if grounding["phrases"]:
+        lines += [line("where the phrase looks, by", *MAPS, "chance"),
+                  line("pointing game (the highest patch is in a box)", *(show(grounding[m]["pointing_game"]) for m in MAPS),
+                       show(grounding["chance"])),
+                  line(f"boxes found at IoU 0.5 (patches above {BOX_THRESHOLD} of the range)",
+                       *(show(grounding[m]["box_recall"]) for m in MAPS))]
+    lines += ["probes"]
+    if probes["image_mask_auc"] is not None:
+        lines += [line("image mask: AUC, patches in boxes of objects against others", show(probes["image_mask_auc"]))
+                  + (f"   (on the objects themselves: {show(probes['image_mask_auc_outlines'])})"
+                     if probes["image_mask_auc_outlines"] is not None else "")]
+    lines += [line("text mask: AUC, content words against function words", show(probes["text_mask_auc"]))
+              + (f"   (of phrases: {show(probes['text_mask_auc_phrases'])}, of place: {show(probes['text_mask_auc_places'])})"
+                 if probes["text_mask_auc_places"] is not None else ""),
+              line("regions: mean cosine between an image's means", show(probes["region_cosine"]))]
+    if probes["region_coverage"] is not None:
+        lines += [line("regions: share of objects that some region covers most", show(probes["region_coverage"]))
+                  + f"   (one region: {show(probes['coverage_of_one'])})"]
     if "region_snr" in probes:
-        difference = probes["variance_difference"]
-        lines += [line("regions: signal-to-noise of samples", show(probes["region_snr"], "{:.2f}")),
-                  line("variance (the prior's is 1) of the phrase's region: several, one", show(probes["variance_several"]),
-                       show(probes["variance_one"]))
-                  + ("   difference {:+.4f} [{:+.4f}, {:+.4f}]".format(*difference) if difference else ""),
-                  line("variance predicts a wrong retrieval: AUROC, images, captions", show(probes["image_error_auroc"]),
+        lines += [line("regions: signal-to-noise of samples", show(probes["region_snr"], "{:.2f}"))]
+        if difference := probes["variance_difference"]:
+            lines += [line("variance (the prior's is 1) of the phrase's region: several, one", show(probes["variance_several"]),
+                           show(probes["variance_one"])) + "   difference {:+.4f} [{:+.4f}, {:+.4f}]".format(*difference)]
+        lines += [line("variance predicts a wrong retrieval: AUROC, images, captions", show(probes["image_error_auroc"]),
                        show(probes["caption_error_auroc"]))]
     return "\n".join(lines)

@@ -70,6 +70,9 @@ def test_words_are_content_function_or_neither():
     kinds = grounding.word_kinds(caption, [Phrase("a red circle", 13, 25, [(0, 0, 1, 1)])])
     words = {kind: [caption[start:end] for start, end, own in kinds if own == kind] for kind in ("phrase", "place", "function")}
     assert words == {"phrase": ["red", "circle"], "place": ["left"], "function": ["A", "of", "a", ",", "of", "it"]}
+    anything = grounding.word_kinds(caption)                     # a caption whose phrases are not known
+    assert [caption[start:end] for start, end, kind in anything if kind == "phrase"] == ["picture", "red", "circle", "left"]
+    assert [own for own in anything if own[2] == "function"] == [own for own in kinds if own[2] == "function"]
 
 
 def test_where_a_phrase_looks_is_the_weighted_mean_of_its_words_maps():
@@ -243,7 +246,15 @@ def test_bad_entities_files_are_named_in_one_line(file, text, said, entities_roo
     assert said in str(error.value) and path.name in str(error.value) and "\n" not in str(error.value)
 
 
-def test_data_without_boxes_says_what_to_add(coco_folder, tiny_config):
-    split = data.load_split("coco5k", tiny_config["datasets"], coco_folder)
-    with pytest.raises(data.DataError, match="datasets.coco"):
-        data.with_phrases(split, tiny_config["datasets"], coco_folder)
+def test_without_boxes_only_what_needs_none_is_measured(coco_folder, tiny_model, tiny_config):
+    split = data.with_phrases(data.load_split("coco5k", tiny_config["datasets"], coco_folder), tiny_config["datasets"], coco_folder)
+    tokenizer = data.build_tokenizer(data.load_split("shapes_val", tiny_config["datasets"], "").texts)
+    report = grounding.measure(tiny_model, split, tokenizer, tiny_config, torch.device("cpu"), 4, False)
+    printed = grounding.table(report)
+    assert report["grounding"]["phrases"] == 0 and "text mask" in printed
+    assert not any(said in printed for said in ("pointing", "image mask", "of place", "covers", "several"))
+    missing = {name for name, value in (report["probes"] | report["grounding"]["masks"]).items() if value is None}
+    missing -= {"image_error_auroc", "caption_error_auroc"}      # None if so few retrievals are all right or all wrong
+    assert missing == {"image_mask_auc", "image_mask_auc_outlines", "text_mask_auc_places", "region_coverage", "coverage_of_one",
+                       "variance_several", "variance_one", "variance_difference", "pointing_game", "box_recall"}
+    assert 0 < report["probes"]["text_mask_auc"] < 1
