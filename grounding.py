@@ -22,6 +22,9 @@ MAPS = ("words", "masks")
 # steps of vit_micro: 0.43 at 0.5, 0.49 at 0.6, 0.54 at 0.7, 0.58 at 0.8 (`words`: 0.01 to 0.13).
 BOX_THRESHOLD = 0.7
 RELATIONS = {"left", "right", "above", "over", "below", "under", "near", "next", "between", "behind", "front"}
+NUMBERS = set("one two three four five six seven eight nine ten".split())
+KINDS = ("phrase", "number", "place", "function")
+NEED_IMAGES = 300  # enough for recall_without, which encodes every caption five times
 FUNCTION_WORDS = set("a an the some this that these those is are was were be there here it its his her their of to on in at "
                      "by for from as with along and or".split())
 
@@ -88,17 +91,17 @@ def token_indices(offsets, start: int, end: int) -> list[int]:
 
 def word_kinds(caption: str, phrases=None) -> list[tuple[int, int, str]]:
     """(start, end, kind) of the caption's words and marks. `function`: articles, punctuation and other words of grammar.
-    Content: words of place, `place`, and the rest of a phrase with boxes, `phrase`. What is none of these is left out, but
-    where no phrases are known (None) it is content, and all of that is `phrase`."""
+    Content: words of place, `place`; number words, `number`; the rest of a phrase with boxes, `phrase`, or of the caption where no
+    phrases are known (None). What is none of these is left out."""
     kinds = []
     for word in re.finditer(r"\w+|[^\w\s]", caption):
         start, end, text = *word.span(), word[0].lower()
         if text in FUNCTION_WORDS or not text[0].isalnum():
             kinds.append((start, end, "function"))
-        elif phrases is not None and text in RELATIONS:
+        elif text in RELATIONS:
             kinds.append((start, end, "place"))
         elif phrases is None or any(p.boxes and p.start <= start and end <= p.end for p in phrases):
-            kinds.append((start, end, "phrase"))
+            kinds.append((start, end, "number" if text in NUMBERS else "phrase"))
     return kinds
 
 
@@ -156,7 +159,7 @@ def measure(model, split, tokenizer, config: dict, device, batch_size: int = 64,
     loader = DataLoader(data.EvalImages(split, transform), batch_size, num_workers=config["data"]["workers"])
     found = {name: {"hits": [], "boxes": []} for name in MAPS}
     object_patches, ground_patches, drawn, undrawn = [], [], [], []
-    word_masks = {"phrase": [], "place": [], "function": []}
+    word_masks, kinds_of = {kind: [] for kind in KINDS}, []
     chance, covered, one_object, variance, several, image_of_phrase, figures = [], [], [], [], [], [], []
     encoded, skipped, first = [], 0, 0
     for batch in tqdm(loader, desc=f"{split.name}: grounding", disable=not progress, leave=False):
@@ -189,7 +192,8 @@ def measure(model, split, tokenizer, config: dict, device, batch_size: int = 64,
                 one_object.append(1 / len(objects))
             for words, phrases in zip(split.captions[i], phrases_of):
                 mask, places, products = mask_t[caption], offsets[caption], tokens_t[caption] @ tokens_v[b].T
-                for start, end, kind in word_kinds(words, phrases):
+                kinds_of.append(word_kinds(words, phrases))
+                for start, end, kind in kinds_of[-1]:
                     word_masks[kind].extend(mask[token_indices(places, start, end)])
                 for phrase in phrases or []:
                     tokens = token_indices(places, phrase.start, phrase.end)
@@ -213,9 +217,9 @@ def measure(model, split, tokenizer, config: dict, device, batch_size: int = 64,
     for name, kept in found.items():
         grounding[name] = {"pointing_game": mean(kept["hits"]), "box_recall": mean(kept["boxes"])}
     probes = {"image_mask_auc": auc(object_patches, ground_patches), "image_mask_auc_outlines": auc(drawn, undrawn),
-              "text_mask_auc": auc(word_masks["phrase"] + word_masks["place"], word_masks["function"]),
-              "text_mask_auc_phrases": auc(word_masks["phrase"], word_masks["function"]),
-              "text_mask_auc_places": auc(word_masks["place"], word_masks["function"]),
+              "text_mask_auc": auc(sum((word_masks[kind] for kind in KINDS[:-1]), []), word_masks["function"]),
+              **{f"text_mask_auc_{kind}": auc(word_masks[kind], word_masks["function"]) for kind in KINDS[:-1]},
+              "recall_without": recall_without(model, encoded, split, kinds_of, tokenizer, config["text"]["max_length"], device),
               "region_cosine": weighted("region_cosine"),
               "region_coverage": mean(covered), "coverage_of_one": mean(one_object)}
     if model.sampler.sample:
@@ -225,6 +229,38 @@ def measure(model, split, tokenizer, config: dict, device, batch_size: int = 64,
                    "variance_difference": bootstrap_difference(variance, several, image_of_phrase)}
         probes |= error_auroc(model, encoded, torch.as_tensor(split.image_of_text), device)
     return {"grounding": grounding, "probes": probes}
+
+
+def similarity_rows(model, images, text, device) -> Tensor:
+    """(I, t), on the CPU: the levels' sum for encoded batches of images and one of captions."""
+    moved = modules.TextFeatures(*(x.to(device) for x in text))
+    return torch.cat([model.similarity(modules.ImageFeatures(*(x.to(device) for x in image[:3])), moved)["combined"].float().cpu()
+                      for image in images])
+
+
+def recall_without(model, encoded, split, kinds_of, tokenizer, max_length: int, device) -> dict[str, float]:
+    """Which words retrieval needs, whatever the mask says: the captions that find their image first (per cent), "all", and the
+    change once the words of a kind are taken out of every caption. Among about NEED_IMAGES images, the first."""
+    images = [image for image, _ in encoded[:-(-NEED_IMAGES // len(encoded[0][0].mask))]]
+    owner = [i for i in split.image_of_text if i < sum(len(image.mask) for image in images)]
+    captions = split.texts[:len(owner)]
+
+    def recall(texts):
+        found = 0
+        for start in range(0, len(texts), 256):
+            text, _ = encode_captions(model, tokenizer, texts[start:start + 256], max_length, device)
+            rows = similarity_rows(model, images, text, device)
+            own = rows[owner[start:start + 256], range(rows.shape[1])]
+            found += ((rows >= own).sum(0) == 1).sum().item()                                    # a tie is a failure
+        return 100 * found / len(texts)
+
+    def without(kind):
+        for caption, kinds in zip(captions, kinds_of):
+            for start, end, own in reversed(kinds):
+                caption = caption[:start] + caption[end:] if own == kind else caption
+            yield caption
+    whole = recall(captions)
+    return {"all": whole} | {kind: recall(list(without(kind))) - whole for kind in KINDS}
 
 
 def error_auroc(model, encoded, image_of_text: Tensor, device) -> dict:
@@ -237,9 +273,7 @@ def error_auroc(model, encoded, image_of_text: Tensor, device) -> dict:
     images, uncertainty, scores = [image for image, _ in encoded], [], []
     spread, regions = torch.cat([i.log_var for i in images]), torch.cat([i.regions for i in images])
     for _, text in encoded:
-        moved = modules.TextFeatures(*(x.to(device) for x in text))
-        tiles = [model.similarity(modules.ImageFeatures(*(x.to(device) for x in image[:3])), moved) for image in images]
-        rows = torch.cat([tile["combined"].float().cpu() for tile in tiles])                     # (I, t)
+        rows = similarity_rows(model, images, text, device)                                      # (I, t)
         top = rows.argmax(0)
         best = torch.einsum("tmd,tkd->tmk", text.tokens, regions[top]).argmax(-1)                # (t, m)
         uncertainty.append((spread[top].gather(1, best) * text.mask).sum(1) / text.mask.sum(1).clamp_min(1e-6))
@@ -256,7 +290,7 @@ def error_auroc(model, encoded, image_of_text: Tensor, device) -> dict:
 
 def table(report: dict) -> str:
     """The report as text."""
-    grounding, probes = report["grounding"], report["probes"]
+    grounding, probes, needed = report["grounding"], report["probes"], report["probes"]["recall_without"]
     show = lambda value, form="{:.3f}": "-" if value is None else form.format(value)
     line = lambda name, *values: f"  {name:58}" + "".join(f"{v:>9}" for v in values)
     lines = [f"grounding: {grounding['phrases']:,} phrases with boxes"
@@ -275,8 +309,9 @@ def table(report: dict) -> str:
                   + (f"   (on the objects themselves: {show(probes['image_mask_auc_outlines'])})"
                      if probes["image_mask_auc_outlines"] is not None else "")]
     lines += [line("text mask: AUC, content words against function words", show(probes["text_mask_auc"]))
-              + (f"   (of phrases: {show(probes['text_mask_auc_phrases'])}, of place: {show(probes['text_mask_auc_places'])})"
-                 if probes["text_mask_auc_places"] is not None else ""),
+              + "   (" + ", ".join(f"{kind}: {show(probes[f'text_mask_auc_{kind}'])}" for kind in KINDS[:-1]) + ")",
+              line("captions that find their image first, per cent", show(needed["all"], "{:.1f}"))
+              + "   (without words of " + ", ".join(f"{kind}: {needed[kind]:+.1f}" for kind in KINDS) + ")",
               line("regions: mean cosine between an image's means", show(probes["region_cosine"]))]
     if probes["region_coverage"] is not None:
         lines += [line("regions: share of objects that some region covers most", show(probes["region_coverage"]))

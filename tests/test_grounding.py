@@ -66,13 +66,13 @@ def test_phrases_find_their_tokens_through_the_offsets():
 
 
 def test_words_are_content_function_or_neither():
-    caption = "A picture of a red circle , left of it"
-    kinds = grounding.word_kinds(caption, [Phrase("a red circle", 13, 25, [(0, 0, 1, 1)])])
-    words = {kind: [caption[start:end] for start, end, own in kinds if own == kind] for kind in ("phrase", "place", "function")}
-    assert words == {"phrase": ["red", "circle"], "place": ["left"], "function": ["A", "of", "a", ",", "of", "it"]}
+    caption = "A picture of two red circles , left of it"
+    kinds = grounding.word_kinds(caption, [Phrase("two red circles", 13, 28, [(0, 0, 1, 1)])])
+    words = {kind: [caption[start:end] for start, end, own in kinds if own == kind] for kind in grounding.KINDS}
+    assert words == {"phrase": ["red", "circles"], "number": ["two"], "place": ["left"], "function": ["A", "of", ",", "of", "it"]}
     anything = grounding.word_kinds(caption)                     # a caption whose phrases are not known
-    assert [caption[start:end] for start, end, kind in anything if kind == "phrase"] == ["picture", "red", "circle", "left"]
-    assert [own for own in anything if own[2] == "function"] == [own for own in kinds if own[2] == "function"]
+    assert [caption[start:end] for start, end, kind in anything if kind == "phrase"] == ["picture", "red", "circles"]
+    assert [own for own in anything if own[2] != "phrase"] == [own for own in kinds if own[2] != "phrase"]
 
 
 def test_where_a_phrase_looks_is_the_weighted_mean_of_its_words_maps():
@@ -99,6 +99,28 @@ def test_the_interval_of_a_difference_resamples_images_not_values():
     assert alone[2] - alone[1] == pytest.approx(2 * 1.96 * standard_error, rel=0.1)
     assert apart[2] - apart[1] < (alone[2] - alone[1]) / 2.5
     assert grounding.bootstrap_difference([1, 2], [1, 1], [0, 1]) is None
+
+
+class Counter(torch.nn.Module):
+    """Scores an image and a caption by how many of the words, each counted, they do not share."""
+
+    def encode_text(self, ids, valid):
+        return modules.TextFeatures(torch.nn.functional.one_hot(ids, 50).float(), valid, valid.float())
+
+    def similarity(self, image, text):
+        return {"combined": -torch.cdist(image.tokens.sum(1), (text.tokens * text.mask[..., None]).sum(1), p=1)}
+
+
+def test_what_retrieval_needs_are_the_words_without_which_images_are_not_found():
+    captions = ["red dogs , two , left", "red dogs , three , left", "a blue dog , left", "a green dog , left"]
+    split, tokenizer, model = data.Split("x", list("1234"), [[c] for c in captions]), data.build_tokenizer(captions), Counter()
+    words, _ = grounding.encode_captions(model, tokenizer, captions, 64, "cpu")
+    bags = (words.tokens * words.mask[..., None]).split(2)                                       # images in two batches
+    encoded = [(modules.ImageFeatures(bag, bag[..., 0], bag), None) for bag in bags]
+    kinds = [grounding.word_kinds(caption) for caption in captions]
+    needed = grounding.recall_without(model, encoded, split, kinds, tokenizer, 64, "cpu")
+    # only their numbers tell the first two apart, only their colours the last two; ties are failures
+    assert needed == {"all": 100, "phrase": -50, "number": -50, "place": 0, "function": 0}
 
 
 # ------------------------------------------------------------------------------------------------------ a model that knows
@@ -159,7 +181,7 @@ def test_a_model_that_knows_gets_full_marks_and_its_opposite_none(right, tiny_co
         assert figures[name]["pointing_game"] == 1 if right else figures[name]["pointing_game"] < 0.2
         assert (figures[name]["box_recall"] > 0.5) == right
     assert probes["image_mask_auc"] == right and probes["text_mask_auc"] == right
-    assert probes["text_mask_auc_phrases"] == probes["text_mask_auc_places"] == right
+    assert probes["text_mask_auc_phrase"] == probes["text_mask_auc_number"] == probes["text_mask_auc_place"] == right
     assert (probes["image_mask_auc_outlines"] > 0.5) == right            # its masks fill the boxes, which outlines do not
     assert probes["region_coverage"] == 1 and probes["region_cosine"] == pytest.approx(0)
     assert probes["image_error_auroc"] is None                                                   # ties: nothing is retrieved
@@ -247,7 +269,8 @@ def test_bad_entities_files_are_named_in_one_line(file, text, said, entities_roo
 
 
 def test_without_boxes_only_what_needs_none_is_measured(coco_folder, tiny_model, tiny_config):
-    split = data.with_phrases(data.load_split("coco5k", tiny_config["datasets"], coco_folder), tiny_config["datasets"], coco_folder)
+    split = data.load_split("coco5k", tiny_config["datasets"], coco_folder)
+    split = data.with_phrases(split, tiny_config["datasets"], coco_folder)
     tokenizer = data.build_tokenizer(data.load_split("shapes_val", tiny_config["datasets"], "").texts)
     report = grounding.measure(tiny_model, split, tokenizer, tiny_config, torch.device("cpu"), 4, False)
     printed = grounding.table(report)
@@ -255,6 +278,6 @@ def test_without_boxes_only_what_needs_none_is_measured(coco_folder, tiny_model,
     assert not any(said in printed for said in ("pointing", "image mask", "of place", "covers", "several"))
     missing = {name for name, value in (report["probes"] | report["grounding"]["masks"]).items() if value is None}
     missing -= {"image_error_auroc", "caption_error_auroc"}      # None if so few retrievals are all right or all wrong
-    assert missing == {"image_mask_auc", "image_mask_auc_outlines", "text_mask_auc_places", "region_coverage", "coverage_of_one",
-                       "variance_several", "variance_one", "variance_difference", "pointing_game", "box_recall"}
+    assert missing == {"image_mask_auc", "image_mask_auc_outlines", "text_mask_auc_number", "text_mask_auc_place",
+                       "region_coverage", "coverage_of_one", "variance_several", "variance_one", "variance_difference", "pointing_game", "box_recall"}
     assert 0 < report["probes"]["text_mask_auc"] < 1
