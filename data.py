@@ -61,6 +61,18 @@ class Split:
     def __len__(self):
         return len(self.image_names)
 
+    def phrases(self, i):
+        """For each caption of image i the list of its Phrases, or None where they are not known."""
+        return [None] * len(self.captions[i])
+
+    def objects(self, i):
+        """Every box (x0, y0, x1, y1) of image i in fractions of its sides, as far as known."""
+        return []
+
+    def outlines(self, i):
+        """Every object's corners [(x, y), ...], which only drawn images know."""
+        return []
+
 
 class FileSplit(Split):
     """Images on disk, each at folder/name."""
@@ -94,7 +106,7 @@ class FileSplit(Split):
 
 
 class EntitiesSplit(FileSplit):
-    """Images on disk with the captions of Flickr30K Entities; phrases(i), objects(i) as in ShapesSplit."""
+    """Images on disk with the captions, phrases and boxes of Flickr30K Entities."""
 
     def __init__(self, split, folder):
         try:
@@ -115,11 +127,10 @@ class EntitiesSplit(FileSplit):
 
 
 def with_phrases(split, datasets, root):
-    """The split with phrases and boxes: `shapes` has its own, others read the folder that `entities` of their block names.
-    Without either the split stays as it is."""
+    """The split with the phrases and boxes of the folder that `entities` of its data set's block names; without one, as it is."""
     dataset = split_names(datasets)[split.name.split("[")[0]][0]
     folder = datasets[dataset].get("entities")
-    if hasattr(split, "phrases") or folder is None:
+    if folder is None:
         return split
     require(type(folder) is str, f"datasets.{dataset}.entities must be a folder in the form of Flickr30K Entities")
     return EntitiesSplit(split, Path(root) / folder)
@@ -491,8 +502,7 @@ class EvalImages(torch.utils.data.Dataset):
 
 
 class ShapesSplit(Split):
-    """Scenes drawn from (seed, part, index), no files. phrases(i): each caption's list of Phrase; objects(i): every box;
-    outlines(i): every object's corners, which only drawn images know."""
+    """Scenes drawn from (seed, part, index), no files."""
 
     def __init__(self, name, image_names, scenes):
         super().__init__(name, image_names, [scene.captions for scene in scenes])

@@ -23,7 +23,8 @@ MAPS = ("words", "masks")
 BOX_THRESHOLD = 0.7
 RELATIONS = {"left", "right", "above", "over", "below", "under", "near", "next", "between", "behind", "front"}
 NUMBERS = set("one two three four five six seven eight nine ten".split())
-KINDS = ("phrase", "number", "place", "function")
+CONTENT = ("phrase", "number", "place")
+KINDS = (*CONTENT, "function")
 NEED_IMAGES = 300  # enough for recall_without, which encodes every caption five times
 FUNCTION_WORDS = set("a an the some this that these those is are was were be there here it its his her their of to on in at "
                      "by for from as with along and or".split())
@@ -89,7 +90,7 @@ def token_indices(offsets, start: int, end: int) -> list[int]:
     return [m for m, (first, last) in enumerate(offsets) if first < min(end, last) and last > start]
 
 
-def word_kinds(caption: str, phrases=None) -> list[tuple[int, int, str]]:
+def word_kinds(caption: str, phrases) -> list[tuple[int, int, str]]:
     """(start, end, kind) of the caption's words and marks. `function`: articles, punctuation and other words of grammar.
     Content: words of place, `place`; number words, `number`; the rest of a phrase with boxes, `phrase`, or of the caption where no
     phrases are known (None). What is none of these is left out."""
@@ -176,15 +177,15 @@ def measure(model, split, tokenizer, config: dict, device, batch_size: int = 64,
         tokens_v, mask_v, regions, attention = (x.float().numpy() for x in image[:3] + (image.attention,))
         tokens_t, mask_t = text.tokens.numpy(), text.mask.float().numpy()
         for b, i in enumerate(rows):
-            phrases_of = split.phrases(i) if hasattr(split, "phrases") else [None] * len(split.captions[i])
-            objects = split.objects(i) if hasattr(split, "objects") else []
+            phrases_of = split.phrases(i)
+            objects = split.objects(i)
             if objects:
                 within = inside(objects, grid)                                                   # (objects, L)
                 anywhere = within.any(0)
                 object_patches.extend(mask_v[b, anywhere])
                 ground_patches.extend(mask_v[b, ~anywhere])
-                if hasattr(split, "outlines"):
-                    on_object = inside_outlines(split.outlines(i), grid)
+                if outlines := split.outlines(i):
+                    on_object = inside_outlines(outlines, grid)
                     drawn.extend(mask_v[b, on_object])
                     undrawn.extend(mask_v[b, ~on_object])
                 best = (within.astype(np.float32) @ attention[b]).argmax(0)                      # (K,)
@@ -217,8 +218,8 @@ def measure(model, split, tokenizer, config: dict, device, batch_size: int = 64,
     for name, kept in found.items():
         grounding[name] = {"pointing_game": mean(kept["hits"]), "box_recall": mean(kept["boxes"])}
     probes = {"image_mask_auc": auc(object_patches, ground_patches), "image_mask_auc_outlines": auc(drawn, undrawn),
-              "text_mask_auc": auc(sum((word_masks[kind] for kind in KINDS[:-1]), []), word_masks["function"]),
-              **{f"text_mask_auc_{kind}": auc(word_masks[kind], word_masks["function"]) for kind in KINDS[:-1]},
+              "text_mask_auc": auc(sum((word_masks[kind] for kind in CONTENT), []), word_masks["function"]),
+              **{f"text_mask_auc_{kind}": auc(word_masks[kind], word_masks["function"]) for kind in CONTENT},
               "recall_without": recall_without(model, encoded, split, kinds_of, tokenizer, config["text"]["max_length"], device),
               "region_cosine": weighted("region_cosine"),
               "region_coverage": mean(covered), "coverage_of_one": mean(one_object)}
@@ -241,25 +242,24 @@ def similarity_rows(model, images, text, device) -> Tensor:
 def recall_without(model, encoded, split, kinds_of, tokenizer, max_length: int, device) -> dict[str, float]:
     """Which words retrieval needs, whatever the mask says: the captions that find their image first (per cent), "all", and the
     change once the words of a kind are taken out of every caption. Among about NEED_IMAGES images, the first."""
-    images = [image for image, _ in encoded[:-(-NEED_IMAGES // len(encoded[0][0].mask))]]
-    owner = [i for i in split.image_of_text if i < sum(len(image.mask) for image in images)]
-    captions = split.texts[:len(owner)]
+    images = [image for image, _ in encoded[:-(-NEED_IMAGES // len(encoded[0][0].mask))]]        # whole batches
+    part = split.subset(slice(sum(len(image.mask) for image in images)))
 
     def recall(texts):
         found = 0
         for start in range(0, len(texts), 256):
             text, _ = encode_captions(model, tokenizer, texts[start:start + 256], max_length, device)
             rows = similarity_rows(model, images, text, device)
-            own = rows[owner[start:start + 256], range(rows.shape[1])]
+            own = rows[part.image_of_text[start:start + 256], range(rows.shape[1])]
             found += ((rows >= own).sum(0) == 1).sum().item()                                    # a tie is a failure
         return 100 * found / len(texts)
 
     def without(kind):
-        for caption, kinds in zip(captions, kinds_of):
+        for caption, kinds in zip(part.texts, kinds_of):
             for start, end, own in reversed(kinds):
                 caption = caption[:start] + caption[end:] if own == kind else caption
             yield caption
-    whole = recall(captions)
+    whole = recall(part.texts)
     return {"all": whole} | {kind: recall(list(without(kind))) - whole for kind in KINDS}
 
 
@@ -309,7 +309,7 @@ def table(report: dict) -> str:
                   + (f"   (on the objects themselves: {show(probes['image_mask_auc_outlines'])})"
                      if probes["image_mask_auc_outlines"] is not None else "")]
     lines += [line("text mask: AUC, content words against function words", show(probes["text_mask_auc"]))
-              + "   (" + ", ".join(f"{kind}: {show(probes[f'text_mask_auc_{kind}'])}" for kind in KINDS[:-1]) + ")",
+              + "   (" + ", ".join(f"{kind}: {show(probes[f'text_mask_auc_{kind}'])}" for kind in CONTENT) + ")",
               line("captions that find their image first, per cent", show(needed["all"], "{:.1f}"))
               + "   (without words of " + ", ".join(f"{kind}: {needed[kind]:+.1f}" for kind in KINDS) + ")",
               line("regions: mean cosine between an image's means", show(probes["region_cosine"]))]

@@ -105,8 +105,9 @@ class RegionPrompts(nn.Module):
     Prompts are L2-normalised. A bare sigmoid of a product of unit vectors lies in [0.27, 0.73], which makes every region
     the global mean, so the scores have a learned scale and, because a region covers a small part of an image, a negative
     bias; at first bias = -scale / 2. A larger scale makes a scene's regions differ more and is learnt later: after 300 steps from
-    10, 20, 40 their mean cosine was 0.47, 0.45, 0.40 and rSum 526, 524, 499 (RESULTS.md; bias = -scale changed neither). The
-    saliency mask enters as a factor of the attention, and each column is normalised over the L tokens.
+    10, 20, 40 their mean cosine on the test scenes was 0.47, 0.45, 0.40, rSum on `shapes_val[:500]` 526, 524, 499 (three seeds;
+    RESULTS.md). A bias of -scale changed neither (20, two seeds). The saliency mask enters as a factor of the attention, and each
+    column is normalised over the L tokens.
 
     forward: tokens (B, L, d), mask (B, L) or None -> means (B, K, d), attention (B, L, K), columns summing to 1 over L.
     """
