@@ -10,7 +10,7 @@ Shapes everywhere: B batch (I images, T captions), L image tokens, M text tokens
     level   text tokens   image tokens
     ori     T             V
     key     T, by A_T     V, by A_V
-    unc     T, by A_T     U
+    unc     T, by A_T     U; and their mean, as a region of its own: the mixture as a whole
 """
 import difflib
 import math
@@ -320,7 +320,11 @@ class GRM(nn.Module):
         return self.encode_image(images), self.encode_text(ids, valid)
 
     def similarity(self, image: ImageFeatures, text: TextFeatures) -> dict[str, Tensor]:
-        """(I, T) for every level with a weight, and `combined`, their sum with the weights a, b, c."""
+        """(I, T) for every level with a weight, and `combined`, their sum with the weights a, b, c.
+
+        The paper models an image as a mixture of its regions' Gaussians, so unc is the mean of two similarities of the caption: with
+        the mixture's parts U and with the mixture as a whole, whose mean is that of its parts.
+        """
         scores = {}
         shared = [name for name in ("ori", "key") if self.levels[name]]
         if shared:      # these two levels weight the same token maxima, so one pass serves both
@@ -329,7 +333,10 @@ class GRM(nn.Module):
                 [None if name == "ori" else image.mask for name in shared],
                 [None if name == "ori" else text.mask for name in shared])))
         if self.levels["unc"]:
-            scores["unc"] = token_similarity(image.regions, text.tokens, text.valid, text_weight=text.mask)
+            # parts alone say little that key does not: RESULTS.md
+            whole = F.normalize(image.regions.mean(1, keepdim=True), dim=-1)                     # (I, 1, d)
+            scores["unc"] = sum(token_similarity(regions, text.tokens, text.valid, text_weight=text.mask)
+                                for regions in (image.regions, whole)) / 2
         scores["combined"] = sum(self.levels[name] * scores[name] for name in LEVELS if name in scores)
         return scores
 
