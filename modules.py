@@ -105,8 +105,8 @@ class RegionPrompts(nn.Module):
     Prompts are L2-normalised. A bare sigmoid of a product of unit vectors lies in [0.27, 0.73], which makes every region
     the global mean, so the scores have a learned scale and, because a region covers a small part of an image, a negative
     bias; at first bias = -scale / 2. A larger scale makes a scene's regions differ more and is learnt later: after 300 steps from
-    10, 20, 40 their mean cosine on the test scenes was 0.47, 0.45, 0.40, rSum on `shapes_val[:500]` 526, 524, 499 (three seeds;
-    RESULTS.md). A bias of -scale changed neither (20, two seeds). The saliency mask enters as a factor of the attention, and each
+    10, 20, 40 their mean cosine on the test scenes was 0.47, 0.45, 0.40, rSum on `shapes_val[:500]` 526, 524, 499 (three seeds, before
+    unc had the whole; RESULTS.md). A bias of -scale changed neither (20, two seeds). The saliency mask enters as a factor of the attention, and each
     column is normalised over the L tokens.
 
     forward: tokens (B, L, d), mask (B, L) or None -> means (B, K, d), attention (B, L, K), columns summing to 1 over L.
@@ -325,7 +325,7 @@ class GRM(nn.Module):
         The paper models an image as a mixture of its regions' Gaussians, so unc is the mean of two similarities of the caption: with
         the mixture's parts U, and with the mixture as a whole, one token with the direction of sum_l A_l v_l, where L_recon holds
         the mean of the parts. Without the whole, the parts have to stand for it and look alike (mean cosine of an image's regions
-        on the scenes 0.46 instead of 0.32), and `combined` gains nothing from unc. The mean of the parts themselves as the whole
+        on the scenes 0.46 instead of 0.31), and `combined` gains nothing from unc. The mean of the parts themselves as the whole
         makes them alike (0.51). RESULTS.md has the figures.
         """
         scores = {}
