@@ -106,9 +106,10 @@ def evaluate(model, split, tokenizer, config: dict, device, batch_size: int = 12
 
 
 def to_16_bits(tokens: Tensor) -> Tensor:
-    """Components of unit vectors, in [-1, 1], in steps of 1/32767: float16 is as small, but up to 16 times coarser near 1.
+    """Each token in steps of 1/32767 of its largest component, which float16, as small, has up to 16 times coarser near 1.
     Normalising undoes the scale."""
-    return (tokens.float() * 32767).round().to(torch.int16)
+    tokens = tokens.float()
+    return (tokens / tokens.abs().amax(-1, keepdim=True).clamp_min(1e-12) * 32767).round().to(torch.int16)
 
 
 @torch.no_grad()

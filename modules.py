@@ -106,8 +106,8 @@ class RegionPrompts(nn.Module):
     the global mean, so the scores have a learned scale and, because a region covers a small part of an image, a negative
     bias; at first bias = -scale / 2. A larger scale makes a scene's regions differ more and is learnt later: after 300 steps from
     10, 20, 40 their mean cosine on the test scenes was 0.47, 0.45, 0.40, rSum on `shapes_val[:500]` 526, 524, 499 (three seeds, before
-    unc had the whole; RESULTS.md). A bias of -scale changed neither (20, two seeds). The saliency mask enters as a factor of the attention, and each
-    column is normalised over the L tokens.
+    unc had the whole; RESULTS.md). A bias of -scale changed neither (20, two seeds). The saliency mask enters as a factor of the
+    attention, and each column is normalised over the L tokens.
 
     forward: tokens (B, L, d), mask (B, L) or None -> means (B, K, d), attention (B, L, K), columns summing to 1 over L.
     """
