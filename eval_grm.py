@@ -9,9 +9,7 @@ import argparse
 import hashlib
 import json
 import os
-import pickle
 import sys
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +24,9 @@ from tqdm import tqdm
 import data
 import grounding
 import modules
+from checkpoints import CheckpointError, find_checkpoint, load_checkpoint, model_from_checkpoint
 
 RECALLS = (1, 5, 10)
-
-
-class CheckpointError(Exception):
-    """A checkpoint that cannot be read; the message is one line that says what to do."""
 
 
 # ------------------------------------------------------------------------------------------------------------ the figures
@@ -237,44 +232,7 @@ def amp_context(config: dict, device):
     return torch.autocast(device.type, dtype, enabled=config["train"]["amp"] and device.type == "cuda")
 
 
-# ------------------------------------------------------------------------------------------------------------ checkpoints
-
-def load_checkpoint(path: str | Path) -> dict:
-    """The dictionary that train_grm.py saved; nothing in the file can execute (weights_only=True)."""
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"no such checkpoint: '{path}'; training writes runs/<backbone>-<data>/best.pt")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, ValueError, KeyError, OSError) as error:
-        raise CheckpointError(f"'{path}' is not a GRM checkpoint or is damaged ({str(error).splitlines()[0][:100]})") from None
-    if not isinstance(checkpoint, dict) or not {"model", "config", "tokenizer", "text_config"} <= checkpoint.keys():
-        raise CheckpointError(f"'{path}' is not a GRM checkpoint: it was not written by train_grm.py")
-    return checkpoint
-
-
-def model_from_checkpoint(checkpoint: dict):
-    """-> GRM in evaluation mode, its tokeniser. Needs neither hub nor pretrained weights."""
-    tokenizer = data.tokenizer_from_state(checkpoint["tokenizer"])
-    try:
-        model = modules.build_grm(checkpoint["config"], len(tokenizer), tokenizer.pad_token_id, checkpoint["text_config"],
-                                  pretrained=False)
-        model.load_state_dict(checkpoint["model"])
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"the checkpoint's settings are those of another version of this code: {error}") from None
-    except RuntimeError as error:
-        raise CheckpointError(f"the checkpoint's weights do not fit its configuration: {str(error).splitlines()[1].strip()}") from None
-    return model.eval(), tokenizer
-
-
-def find_checkpoint(name: str) -> Path:
-    """A path as it is; a bare file name that is not here means that file of the newest run below runs/."""
-    path = Path(name)
-    if path.exists() or len(path.parts) > 1:
-        return path
-    runs = sorted(Path("runs").glob(f"*/{name}"), key=os.path.getmtime)
-    return runs[-1] if runs else path
-
+# ------------------------------------------------------------------------------------------------------ the command line
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -12,11 +12,9 @@ import contextlib
 import json
 import math
 import os
-import signal
 import sys
 import time
 import warnings
-import zipfile
 from pathlib import Path
 
 import torch
@@ -30,7 +28,9 @@ import eval_grm
 import hub
 import modules
 import ranks
+from checkpoints import CheckpointError, load_checkpoint, load_last, save
 from config import ConfigError, load_config
+from stopping import Stop, Stopped, leave_signals_to_the_run
 
 
 # ------------------------------------------------------------------------------------------------------- one training step
@@ -112,48 +112,7 @@ def set_random_state(state: list[torch.Tensor]):
         torch.cuda.set_rng_state(state[1].clone())
 
 
-# ------------------------------------------------------------------------------------------------ files of the run folder
-
-def save(path: Path, checkpoint: dict, previous: Path | None = None):
-    """Whole or not at all, whenever the power fails: written beside, flushed to the disk, renamed. What `path` held before
-    becomes `previous`."""
-    beside = path.with_suffix(".tmp")
-    try:
-        with open(beside, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if previous and path.exists():
-            os.replace(path, previous)
-        os.replace(beside, path)
-        if hasattr(os, "O_DIRECTORY"):                         # the names as well; Windows cannot
-            folder = os.open(path.parent, os.O_DIRECTORY)
-            os.fsync(folder)
-            os.close(folder)
-    except (OSError, RuntimeError) as error:
-        raise eval_grm.CheckpointError(f"'{path}' cannot be written ({hub.one_line(error)}); what was saved before is "
-                                       "intact: make room and go on with --resume") from None
-
-
-def load_last(out: Path) -> dict:
-    """last.pt, or, with a warning, the one before it where last.pt is damaged or was just being replaced."""
-    found = [path for path in (out / "last.pt", out / "last.prev.pt") if path.exists()]
-    if not found:
-        raise ConfigError(f"--resume: '{out}' holds no last.pt; name the run's folder with --out, or leave --resume out")
-    for path in found:
-        try:
-            checkpoint = eval_grm.load_checkpoint(path)
-            with zipfile.ZipFile(path) as archive:             # torch.load compares no checksums
-                if damaged := archive.testzip():
-                    raise eval_grm.CheckpointError(f"'{path}' is damaged ({damaged} fails its checksum)")
-            if lacking := STATE - checkpoint.keys():
-                raise eval_grm.CheckpointError(f"'{path}' cannot be resumed: it holds no {', '.join(sorted(lacking))}")
-            return checkpoint
-        except eval_grm.CheckpointError as error:
-            if path == found[-1]:
-                raise
-            warnings.warn(f"{error}: going on from {found[-1].name}, the one before")
-
+# -------------------------------------------------------------------------------------------------------------- the run
 
 def prepare_folder(out: Path, resume: bool):
     """An earlier run in the folder is kept under another name unless it is resumed."""
@@ -164,51 +123,6 @@ def prepare_folder(out: Path, resume: bool):
         out.rename(kept)
         print(f"the earlier run in {out} is kept as {kept}")
     out.mkdir(parents=True, exist_ok=True)
-
-
-# -------------------------------------------------------------------------------------------------------------- the run
-
-class Stopped(BaseException):
-    """SIGINT or SIGTERM arrived; not an Exception, so that nothing takes it for a failure of its own."""
-
-
-class Stop:
-    """SIGINT and SIGTERM: a training step is finished first (`requested`), but `with stop.at_once():` they raise Stopped."""
-
-    def __init__(self):
-        self.requested, self.immediate, self.process = False, False, os.getpid()
-        self.before = {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def receive(self, number, frame):
-        if os.getpid() == self.process:                        # not in a copy of it that loads data
-            self.requested = True
-            if self.immediate:
-                raise Stopped
-
-    @contextlib.contextmanager
-    def at_once(self):
-        self.immediate = True
-        try:
-            if self.requested:
-                raise Stopped
-            yield
-        finally:
-            self.immediate = False
-
-    def release(self):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-
-def leave_signals_to_the_run(worker: int):
-    """A shell's Ctrl-C and a scheduler's SIGTERM reach the data-loading processes too, which the last step still needs; a
-    second SIGTERM is the run's own and ends one that is stuck."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
-
-
-STATE = {"optimizer", "scaler", "random_state", "step", "best", "validated", "skipped", "bad_images", "metrics_size",
-         "trained"}                                            # what last.pt holds beside what every checkpoint does
 
 
 class Run:
@@ -456,7 +370,7 @@ class Run:
     def final_table(self):
         """best.pt on the test split, or on the validation split where the data has no test part."""
         if ranks.rank() == 0:
-            best = eval_grm.load_checkpoint(self.out / "best.pt")
+            best = load_checkpoint(self.out / "best.pt")
             self.model.load_state_dict(best["model"])
             self.step = best["step"]
         ranks.broadcast(self.model.state_dict().values())
@@ -538,7 +452,7 @@ def main():
     args = parser.parse_args()
     try:
         message = run(args)
-    except (ConfigError, data.DataError, modules.ModelError, eval_grm.CheckpointError) as error:
+    except (ConfigError, data.DataError, modules.ModelError, CheckpointError) as error:
         message = f"rank {ranks.rank()}: " * (ranks.rank() > 0) + f"error: {eval_grm.last_line(error)}"
         error.__traceback__ = None       # it holds the data-loading processes, which would be waited for
     if message:

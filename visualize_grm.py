@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+import checkpoints
 import data
 import eval_grm
 import grounding
@@ -152,9 +153,9 @@ def chosen(split, rows: int, word: str | None) -> list[tuple[int, str]]:
 
 
 def run(args):
-    checkpoint = eval_grm.load_checkpoint(eval_grm.find_checkpoint(args.ckpt))
+    checkpoint = checkpoints.load_checkpoint(checkpoints.find_checkpoint(args.ckpt))
     config = checkpoint["config"]
-    model, tokenizer = eval_grm.model_from_checkpoint(checkpoint)
+    model, tokenizer = checkpoints.model_from_checkpoint(checkpoint)
     words = args.word or [None] * len(args.image or ["the split"])
     side, columns = 130, 4 + min(MOST_REGIONS, model.region_prompts.prompts.shape[0])
     if args.image:
@@ -197,7 +198,7 @@ def main():
         parser.error("--rows must be at least 1")
     try:
         run(args)
-    except (eval_grm.CheckpointError, data.DataError, modules.ModelError) as error:
+    except (checkpoints.CheckpointError, data.DataError, modules.ModelError) as error:
         sys.exit(f"error: {eval_grm.last_line(error)}")
 
 

@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-import eval_grm  # noqa: E402
+import checkpoints  # noqa: E402
 import train_grm  # noqa: E402
 
 SETTINGS = ["image.name=vit_tiny_patch16_224", "image.options={patch_size: 16, embed_dim: 64, depth: 1, num_heads: 2}",
@@ -115,7 +115,7 @@ def kill_and_resume(folder: Path, kills: int, steps: int, seed: int) -> dict[str
     if os.waitpid(process, 0)[1]:
         raise SystemExit(f"the resumed run failed: see {cut.with_suffix('.log')}")
     for name in ("last.pt", "best.pt"):
-        a, b = (eval_grm.load_checkpoint(out / name) for out in (whole, cut))
+        a, b = (checkpoints.load_checkpoint(out / name) for out in (whole, cut))
         for key in ("model", "optimizer", "scaler", "random_state", "step", "best", "validated"):
             if not equal(a.get(key), b.get(key)):
                 raise SystemExit(f"{name}: '{key}' differs")

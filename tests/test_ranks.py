@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 
+import checkpoints
 import data
-import eval_grm
 import modules
 import ranks
 import train_grm
@@ -115,7 +115,7 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step_and_the_run_goes_on
     folder, results = two_ranks
     assert "stopped at step 3 of 5" in results[0]["cut()"] and "--resume" in results[0]["cut()"] and results[1]["cut()"] == 1
     assert results[0]["cut('--resume',)"] is None and results[0]["whole()"] is None
-    whole, cut = (eval_grm.load_checkpoint(folder / name / "last.pt") for name in ("whole", "cut"))
+    whole, cut = (checkpoints.load_checkpoint(folder / name / "last.pt") for name in ("whole", "cut"))
     assert all(torch.equal(whole["model"][name], cut["model"][name]) for name in whole["model"])
     states = whole["random_state"][0]
     assert len(states) == 2 and not torch.equal(*states)                                   # a noise of one's own

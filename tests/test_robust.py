@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+import checkpoints
 import data
 import eval_grm
 import fuzz_data
@@ -54,7 +55,7 @@ def copied(whole, tmp_path):
 
 def alike(a, b):
     """Equal weights, and metrics of the same steps with the same values."""
-    first, second = (eval_grm.load_checkpoint(out / "last.pt") for out in (a, b))
+    first, second = (checkpoints.load_checkpoint(out / "last.pt") for out in (a, b))
     assert first["step"] == second["step"] == 7
     assert all(torch.equal(first["model"][name], second["model"][name]) for name in first["model"])
     assert [[(r["step"], r.get("loss"), r.get("val_rsum")) for r in records(out)] for out in (a, b)][0] == \
@@ -84,7 +85,7 @@ def test_a_signal_leaves_a_run_that_goes_on_exactly(whole, script, tmp_path, mon
         signal_at(patched, module, function, call)
         failure, _ = script("train", *RUN[:2], "--out", out, *RUN[2:])
     assert f"stopped at step {step} of 7" in failure and "--resume" in failure and "\n" not in failure
-    assert train_grm.load_last(out)["step"] == step
+    assert checkpoints.load_last(out)["step"] == step
     failure, _ = script("train", *RUN[:2], "--out", out, "--resume", *RUN[2:])
     assert failure is None
     alike(whole, out)
@@ -122,24 +123,24 @@ def test_a_damaged_last_pt_falls_back_to_the_one_before(whole, copied, script):
 
 def test_killed_between_two_renames_the_one_before_is_found(copied):
     (copied / "last.pt").unlink()
-    assert train_grm.load_last(copied)["step"] == 7
+    assert checkpoints.load_last(copied)["step"] == 7
     (copied / "last.prev.pt").write_bytes(b"cut")
-    with pytest.raises(eval_grm.CheckpointError, match="last.prev.pt"):
-        train_grm.load_last(copied)
+    with pytest.raises(checkpoints.CheckpointError, match="last.prev.pt"):
+        checkpoints.load_last(copied)
 
 
 def test_best_pt_alone_cannot_be_resumed(copied):
     (copied / "last.prev.pt").unlink()
     shutil.copy(copied / "best.pt", copied / "last.pt")
-    with pytest.raises(eval_grm.CheckpointError, match="cannot be resumed"):
-        train_grm.load_last(copied)
+    with pytest.raises(checkpoints.CheckpointError, match="cannot be resumed"):
+        checkpoints.load_last(copied)
 
 
 def test_a_lower_rate_holds_after_resuming(copied, script):
     script("train", *RUN[:2], "--out", copied, "--resume", *RUN[2:], "train.max_steps=8", "train.lr=1e-5", "train.warmup=0")
     last = records(copied)[-3]
     assert last["step"] == 8 and last["lr"] < 1e-5
-    group = train_grm.load_last(copied)["optimizer"]["param_groups"][0]
+    group = checkpoints.load_last(copied)["optimizer"]["param_groups"][0]
     assert group["peak"] == 1e-5 and group["lr"] < 1e-5
 
 
@@ -150,12 +151,12 @@ def test_resuming_with_another_model_is_one_line(copied, script):
 
 def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path):
     path = tmp_path / "last.pt"
-    train_grm.save(path, {"weights": torch.ones(10)}, tmp_path / "last.prev.pt")
+    checkpoints.save(path, {"weights": torch.ones(10)}, tmp_path / "last.prev.pt")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
     try:
-        with pytest.raises(eval_grm.CheckpointError, match="cannot be written") as error:
-            train_grm.save(path, {"weights": torch.ones(10_000)}, tmp_path / "last.prev.pt")
+        with pytest.raises(checkpoints.CheckpointError, match="cannot be written") as error:
+            checkpoints.save(path, {"weights": torch.ones(10_000)}, tmp_path / "last.prev.pt")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "\n" not in str(error.value)
@@ -198,7 +199,7 @@ def test_a_loss_that_stays_nan_ends_the_run_with_the_last_good_checkpoint(script
     failure, _ = script("train", *RUN[:2], "--out", tmp_path / "run", *RUN[2:], "loss.temperature=1e-42",
                         "train.max_bad_steps=3")
     assert failure.startswith("error: the loss is nan at step 3") and "last.pt" in failure and "\n" not in failure
-    last = train_grm.load_last(tmp_path / "run")
+    last = checkpoints.load_last(tmp_path / "run")
     assert last["step"] == 0 and all(x.isfinite().all() for x in last["model"].values())
     assert sum("skipped" in r for r in records(tmp_path / "run")) == 3
 

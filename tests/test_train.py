@@ -6,6 +6,7 @@ import pytest
 import torch
 import yaml
 
+import checkpoints
 import data
 import eval_grm
 import modules
@@ -163,7 +164,7 @@ def test_every_configuration_trains_a_step_and_evaluates(backbone, script, coco_
     assert failure is None and "test rSum" in printed and "coco5k" in printed and "coco1k" in printed
     failure, printed = script("eval", "--ckpt", "best.pt", "--split", "coco5k", "--limit", 4)
     assert failure is None and "4 images, 20 captions" in printed
-    model, _ = eval_grm.model_from_checkpoint(eval_grm.load_checkpoint(f"runs/{backbone}-coco/best.pt"))
+    model, _ = checkpoints.model_from_checkpoint(checkpoints.load_checkpoint(f"runs/{backbone}-coco/best.pt"))
     size = load_config(CONFIG, backbone)["image"]["size"]
     with torch.no_grad():
         tokens = model.encode_image(torch.zeros(1, 3, size, size)).tokens
@@ -195,7 +196,7 @@ def test_best_is_chosen_on_validation_and_the_table_is_of_best(script, tmp_path)
     out = tmp_path / "run"
     script("train", "--backbone", "vit_micro", "--out", out, "--set", *TINY, "train.epochs=3", "train.lr=0.005")
     values = {r["step"]: r["val_rsum"] for r in records(out) if "val_rsum" in r}
-    best = eval_grm.load_checkpoint(out / "best.pt")
+    best = checkpoints.load_checkpoint(out / "best.pt")
     assert len(values) == 3 and values[best["step"]] == max(values.values()) == best["best"]
     assert records(out)[-1]["step"] == best["step"]
 
@@ -217,7 +218,7 @@ def test_a_stopped_run_resumed_ends_with_the_same_weights(script, tmp_path, monk
     monkeypatch.setattr(train_grm, "gradients", real)
     failure, _ = script("train", "--backbone", "vit_micro", "--out", tmp_path / "cut", "--resume", *settings)
     assert failure is None
-    whole, cut = (eval_grm.load_checkpoint(tmp_path / name / "last.pt")["model"] for name in ("whole", "cut"))
+    whole, cut = (checkpoints.load_checkpoint(tmp_path / name / "last.pt")["model"] for name in ("whole", "cut"))
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
 
 
@@ -238,5 +239,5 @@ def test_local_pretrained_weights_load_and_train_on_photographs(script, tmp_path
         "train.batch_size=8", "train.max_steps=2", "data.val_split=f8k_val[:20]", "data.workers=1",
         "datasets.f8k.splits={f8k: {part: test}, f8k_val: {part: val}, f8k_train: {part: train}}")
     assert failure is None and "no test split" in printed
-    model, _ = eval_grm.model_from_checkpoint(eval_grm.load_checkpoint(tmp_path / "run" / "best.pt"))
+    model, _ = checkpoints.model_from_checkpoint(checkpoints.load_checkpoint(tmp_path / "run" / "best.pt"))
     assert {p.dtype for p in model.parameters()} == {torch.float32}                        # the text weights are stored in fp16
