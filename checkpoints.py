@@ -12,7 +12,7 @@ import hub
 import modules
 
 STATE = {"optimizer", "scaler", "random_state", "step", "best", "validated", "skipped", "bad_images", "metrics_size",
-         "trained"}                                            # what last.pt holds beside what every checkpoint does
+         "trained"}                                            # what train_grm.Run.save_last writes and restore needs
 
 
 class CheckpointError(Exception):
