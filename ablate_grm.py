@@ -222,7 +222,7 @@ def work_off(runs: list[Run], slots: int, after_each) -> dict[str, str]:
     handlers = {number: signal.signal(number, lambda signum, frame: stop.append(signum))
                 for number in (signal.SIGINT, signal.SIGTERM)}
     bar = tqdm(total=len(runs), initial=len(runs) - len(waiting), desc="ablate", unit="run", dynamic_ncols=True,
-               mininterval=0.5 if sys.stderr.isatty() else 15)
+               miniters=0, mininterval=0.5 if sys.stderr.isatty() else 15)
     while waiting and not stop or working:
         for slot in range(slots if not stop else 0):
             if slot in working or not waiting:
@@ -257,7 +257,8 @@ def work_off(runs: list[Run], slots: int, after_each) -> dict[str, str]:
             else:
                 log = run.folder.with_suffix(".log").read_text(errors="replace").replace("\r", "\n").strip().splitlines()
                 failed[f"{run.variant}/{run.seed}"] = log[-1] if log else f"exit status {process.returncode}"
-        bar.set_postfix_str(", ".join(run.state() for run, *_ in working.values()))
+        bar.set_postfix_str(", ".join(run.state() for run, *_ in working.values()), refresh=False)
+        bar.update(0)                                               # draws it, as often as mininterval allows
         if working:
             time.sleep(0.5)
     bar.close()
