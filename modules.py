@@ -216,7 +216,8 @@ def entropy_loss(attention: Tensor) -> Tensor:
 
     1 - H(A_k) / log L with H(A_k) = -sum_l A_lk log A_lk, averaged: 0 for uniform columns, 1 for one-hot ones. (B, L, K)
     """
-    entropy = torch.special.entr(attention.float()).sum(1)
+    # clamped, as the slope at 0 is infinite and a mask of 0 would make the gradient 0 * inf
+    entropy = torch.special.entr(attention.float().clamp_min(1e-30)).sum(1)
     return 1 - entropy.mean() / math.log(max(attention.shape[1], 2))
 
 

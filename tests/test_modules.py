@@ -207,6 +207,13 @@ def test_entropy_loss_is_0_for_even_attention_and_1_for_one_token():
     assert entropy_loss(a).item() == pytest.approx(1 - literal.item() / math.log(5), rel=1e-5)
 
 
+def test_a_mask_of_0_leaves_the_gradient_of_the_entropy_finite():
+    tokens, mask = torch.randn(1, 4, 6, requires_grad=True), torch.tensor([[0.5, 0., 1., 0.]], requires_grad=True)
+    _, attention = RegionPrompts(6, 3)(tokens, mask)
+    entropy_loss(attention).backward()
+    assert tokens.grad.isfinite().all() and mask.grad.isfinite().all() and tokens.grad.abs().sum() > 0
+
+
 # -------------------------------------------------------------------------------------------------------------- the model
 
 def batch(model, size=4, longest=9, vocab=50):
