@@ -90,6 +90,11 @@ def token_indices(offsets, start: int, end: int) -> list[int]:
     return [m for m, (first, last) in enumerate(offsets) if first < min(end, last) and last > start]
 
 
+def of_grammar(word: str) -> bool:
+    """Whether a word in lower case is a function word or a mark."""
+    return word in FUNCTION_WORDS or not word[0].isalnum()
+
+
 def word_kinds(caption: str, phrases) -> list[tuple[int, int, str]]:
     """(start, end, kind) of the caption's words and marks. `function`: articles, punctuation and other words of grammar.
     Content: words of place, `place`; number words, `number`; the rest of a phrase with boxes, `phrase`, or of the caption where no
@@ -97,7 +102,7 @@ def word_kinds(caption: str, phrases) -> list[tuple[int, int, str]]:
     kinds = []
     for word in re.finditer(r"\w+|[^\w\s]", caption):
         start, end, text = *word.span(), word[0].lower()
-        if text in FUNCTION_WORDS or not text[0].isalnum():
+        if of_grammar(text):
             kinds.append((start, end, "function"))
         elif text in RELATIONS:
             kinds.append((start, end, "place"))

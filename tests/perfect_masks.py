@@ -2,7 +2,7 @@
 
     python tests/perfect_masks.py --masks text --seed 0
 
-text: 1 on every word but those of grammar, which have 0 as punctuation has (grounding.FUNCTION_WORDS); image: the share of each
+text: 1 on every word but those of grammar, which have 0 as punctuation has (grounding.of_grammar); image: the share of each
 patch that objects cover, told by their colour, as the ground is grey to brown. All else is as in
 `train_grm.py --config configs.yaml --backbone vit_micro`, with whose figures those printed here compare. RESULTS.md has them.
 Interrupted and repeated, the command goes on from there.
@@ -70,7 +70,7 @@ def noting_words(load):
         tokenizer = load(*arguments)
         PerfectMasks.is_content = torch.zeros(len(tokenizer))
         for word, index in tokenizer.get_vocab().items():
-            PerfectMasks.is_content[index] = word[0].isalnum() and word not in grounding.FUNCTION_WORDS
+            PerfectMasks.is_content[index] = not grounding.of_grammar(word)
         return tokenizer
     return loaded
 
