@@ -128,13 +128,13 @@ class Run:
         for flag in ("data", "data_root"):
             self.train += [f"--{flag.replace('_', '-')}", getattr(args, flag)] if getattr(args, flag) else []
         self.train += ["--out", str(self.folder), "--set", *sets]
-        self.report = self.folder / re.sub(r"\W+", "_", args.split or "test") / "metrics.json"
+        self.report = self.folder / re.sub(r"\W", "_", args.split or "test") / "metrics.json"
 
     def check_settings(self):
         """ConfigError if the folder holds a run that was trained with other settings."""
         path = self.folder / "config.yaml"
         if path.exists():
-            old, new = flat(yaml.safe_load(path.read_text())), flat(self.config)
+            old, new = flat(yaml.safe_load(path.read_text()) or {}), flat(self.config)
             changed = sorted(key for key in (old.keys() | new.keys()) - ELSEWHERE if old.get(key) != new.get(key))
             if changed:
                 raise train_grm.ConfigError(
@@ -161,6 +161,8 @@ class Run:
             return None
         wanted = [r for r in tables if self.args.split in (None, r["test_split"])]
         report = json.loads(self.report.read_text()) if self.report.exists() else {}
+        if self.args.split not in (None, report.get("split")):
+            report = {}
         if not (wanted or report) or self.args.grounding and "probes" not in report:
             return None
         # the median, because it is no concern of this table if the machine was busy for a while
@@ -177,11 +179,12 @@ class Run:
 
     def command(self) -> list[str]:
         """What is to be done next: training, from the start or from last.pt, or the evaluation of another split."""
-        if not any("test" in record for record in self.records()):
+        tables = [record for record in self.records() if "test" in record]
+        if not tables:
             return script("train_grm.py") + self.train + ["--resume"] * any(self.folder.glob("last*.pt"))
-        evaluate = script("eval_grm.py") + ["--ckpt", str(self.folder / "best.pt"), "--out", str(self.report.parent)]
-        for flag in ("split", "data_root"):
-            evaluate += [f"--{flag.replace('_', '-')}", getattr(self.args, flag)] if getattr(self.args, flag) else []
+        evaluate = script("eval_grm.py") + ["--ckpt", str(self.folder / "best.pt"), "--out", str(self.report.parent),
+                                                "--split", self.args.split or tables[0]["test_split"]]
+        evaluate += ["--data-root", self.args.data_root] if self.args.data_root else []
         return evaluate + ["--grounding"] * self.args.grounding
 
     def state(self) -> str:
@@ -218,7 +221,8 @@ def free_slots() -> int:
 def work_off(runs: list[Run], slots: int, after_each) -> dict[str, str]:
     """Runs everything that is not done, `slots` at a time; -> {run: why it failed}. SystemExit once a signal stops it."""
     waiting, working, failed, stop = deque(run for run in runs if run.result() is None), {}, {}, []
-    gpus = torch.cuda.device_count()
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[:torch.cuda.device_count()]      # those left to us
+    gpus = gpus if all(gpus) else [str(gpu) for gpu in range(torch.cuda.device_count())]
     handlers = {number: signal.signal(number, lambda signum, frame: stop.append(signum))
                 for number in (signal.SIGINT, signal.SIGTERM)}
     bar = tqdm(total=len(runs), initial=len(runs) - len(waiting), desc="ablate", unit="run", dynamic_ncols=True,
@@ -229,7 +233,7 @@ def work_off(runs: list[Run], slots: int, after_each) -> dict[str, str]:
                 continue
             run, environment = waiting.popleft(), dict(os.environ)
             if gpus:
-                environment["CUDA_VISIBLE_DEVICES"] = str(slot % gpus)
+                environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
             else:
                 environment["OMP_NUM_THREADS"] = "1"
             run.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -277,10 +281,12 @@ def run(args):
     runs = [Run(name, seed, args) for seed in range(args.first_seed, args.first_seed + args.seeds) for name in names]
     for one in runs:
         one.check_settings()
+    config = runs[0].config
+    if args.split:                                                 # a name that is none is told before the first run
+        data.load_split(args.split, config["datasets"], config["data"]["root"], check_images=False)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     commands = {one.variant: shlex.join(["python", "train_grm.py", *one.train]) for one in reversed(runs)}
-    dataset = runs[0].config["data"]["name"]
 
     def write():
         results = {name: {} for name in names}
@@ -289,7 +295,7 @@ def run(args):
                 results[one.variant][one.seed] = result
         rows = summarise(results)
         split = next((run["split"] for row in rows for run in row["runs"].values()), args.split or "the test split")
-        text = markdown(rows, f"Ablation of {args.backbone} on {dataset}: {split}", {name: commands[name] for name in names})
+        text = markdown(rows, f"Ablation of {args.backbone} on {config['data']['name']}: {split}", {name: commands[name] for name in names})
         (out / "table.md").write_text(text)
         content = [row | {"command": commands[row["variant"]]} for row in rows]
         (out / "table.json").write_text(json.dumps(content, indent=1) + "\n")
@@ -326,7 +332,7 @@ def main():
         parser.error("--seeds and --jobs must be at least 1")
     try:
         run(args)
-    except (train_grm.ConfigError, data.DataError) as error:
+    except (train_grm.ConfigError, data.DataError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

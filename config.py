@@ -1,4 +1,5 @@
 """The configuration: configs.yaml from general to special, then --set, and what no run can use told in one line."""
+import contextlib
 import copy
 from pathlib import Path
 
@@ -13,9 +14,11 @@ class ConfigError(Exception):
 
 SECTIONS = ("image", "text", "model", "loss", "augment", "data", "train")
 FREE = ("image.options", "text.options", "datasets")           # below these, --set may add keys
+# where the least is an int, so is the value
 AT_LEAST = {"train.epochs": 1, "train.max_steps": 1, "train.batch_size": 1, "train.micro_batch": 1, "train.log_every": 1,
             "train.val_every": 1, "image.size": 1, "text.max_length": 3, "model.dim": 1, "model.num_prompts": 1,
-            "train.max_bad_steps": 1, "data.workers": 0, "train.warmup": 0, "train.weight_decay": 0, "train.save_minutes": 0}
+            "train.max_bad_steps": 1, "data.workers": 0, "train.seed": 0, "train.warmup": 0.0, "train.weight_decay": 0.0,
+            "train.save_minutes": 0.0, "train.encoder_lr": 0.0}
 POSITIVE = ("model.tau", "model.prompt_scale", "loss.temperature", "train.lr", "train.clip")
 CHOICES = {"loss.kind": ("infonce", "triplet"), "data.epoch": ("captions", "images")}
 
@@ -33,12 +36,14 @@ def load_config(path: str, backbone: str, dataset: str | None = None, data_root:
         raise ConfigError(f"'{path}' needs the blocks defaults, backbones and datasets")
     if backbone not in blocks["backbones"]:
         raise ConfigError(f"unknown backbone '{backbone}'; valid: {', '.join(blocks['backbones'])}")
-    special = blocks["backbones"][backbone]
-    name = dataset or special.get("data", {}).get("name")
+    defaults = {section: {key: fitting(value, None, key) for key, value in
+                          settings(blocks["defaults"].get(section), f"defaults.{section}").items()} for section in SECTIONS}
+    special = settings(blocks["backbones"][backbone], f"backbones.{backbone}")
+    name = dataset or settings(special.get("data"), f"backbones.{backbone}.data").get("name")
     if name not in blocks["datasets"]:
         raise ConfigError(f"unknown data set '{name}'; valid: {', '.join(blocks['datasets'])}")
-    config = copy.deepcopy(blocks["defaults"])
-    merge(config, blocks["datasets"][name].get("config") or {}, f"datasets.{name}.config")
+    config = copy.deepcopy(defaults)
+    merge(config, settings(blocks["datasets"][name], f"datasets.{name}").get("config"), f"datasets.{name}.config")
     merge(config, special, f"backbones.{backbone}")
     config |= {"backbone": backbone, "datasets": blocks["datasets"]}
     config["data"]["name"] = name
@@ -46,18 +51,37 @@ def load_config(path: str, backbone: str, dataset: str | None = None, data_root:
         config["data"]["root"] = data_root
     for item in sets:
         set_key(config, item)
-    check(config)
+    check(config, defaults)
     return config
 
 
-def merge(into: dict, new: dict, where: str):
-    for key, value in new.items():
+def settings(block, where: str) -> dict:
+    """A block of the file; an empty one is null in YAML."""
+    if not isinstance(block or {}, dict):
+        raise ConfigError(f"{where} is {block!r}; it must be a block of settings")
+    return block or {}
+
+
+def merge(into: dict, new: dict | None, where: str):
+    for key, value in settings(new, where).items():
         if key not in into:
             raise ConfigError(f"unknown key '{key}' in {where}; valid: {', '.join(into)}")
         if isinstance(into[key], dict) and key != "options":
             merge(into[key], value, f"{where}.{key}")
         else:
-            into[key] = value
+            into[key] = fitting(value, into[key], f"{where}.{key}")
+
+
+def fitting(value, old, where: str):
+    """`value`, if it is of the type of the setting `old`, or null; a whole number will do for a float. ConfigError else."""
+    if isinstance(value, str) and not isinstance(old, str):
+        with contextlib.suppress(ValueError):
+            value = float(value)                               # YAML reads 2e-4, without a dot, as text
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    fits = old is None or value is None or isinstance(value, type(old)) or isinstance(old, float) and number
+    if not fits or isinstance(old, int) and not isinstance(old, bool) and isinstance(value, bool):
+        raise ConfigError(f"{where}: {value!r} is not a {type(old).__name__}, as {old!r} is")
+    return value
 
 
 def set_key(config: dict, item: str):
@@ -69,7 +93,8 @@ def set_key(config: dict, item: str):
     block = config
     for part in path:
         block = block.get(part) if isinstance(block, dict) else None
-    settable = isinstance(block, dict) and (key.startswith(FREE) or last in block and not isinstance(block[last], dict))
+    settable = isinstance(block, dict) and (
+        any(f"{key}.".startswith(f"{free}.") for free in FREE) or last in block and not isinstance(block[last], dict))
     if not settable:
         valid = [f"{s}.{k}" for s in SECTIONS for k in config[s]]
         raise ConfigError(f"unknown key '{key}'; valid: {', '.join(valid)}")
@@ -77,25 +102,25 @@ def set_key(config: dict, item: str):
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         raise ConfigError(f"--set {key}: '{text}' is not a YAML value") from None
-    if isinstance(value, str):
-        try:
-            value = float(value)                               # YAML reads 2e-4, without a dot, as text
-        except ValueError:
-            pass
-    old = block.get(last)
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    fits = (old is None or value is None or isinstance(value, type(old)) or isinstance(old, float) and number)
-    if not fits or isinstance(old, int) and not isinstance(old, bool) and isinstance(value, bool):
-        raise ConfigError(f"--set {key}: '{text}' is not a {type(old).__name__}, as {old!r} is")
-    block[last] = value
+    block[last] = fitting(value, block.get(last), f"--set {key}")
 
 
-def check(config: dict):
+def check(config: dict, defaults: dict):
     """Values that no run can use, before anything is read."""
-    get = lambda key: config[key.split(".")[0]][key.split(".")[1]]
+    def get(key):
+        section, name = key.split(".")
+        if name not in config[section]:
+            raise ConfigError(f"{key} is missing: the block `defaults` must have it")
+        return config[section][name]
+
+    for section in SECTIONS:
+        for name, default in defaults[section].items():
+            if config[section][name] is None and isinstance(default, (int, float, list)):
+                raise ConfigError(f"{section}.{name} is null; it must have a value, as {default!r}")
     for key, least in AT_LEAST.items():
-        if get(key) is not None and not (isinstance(get(key), (int, float)) and get(key) >= least):
-            raise ConfigError(f"{key} is {get(key)!r}; it must be at least {least}")
+        whole = isinstance(least, int)
+        if get(key) is not None and not (isinstance(get(key), int if whole else (int, float)) and get(key) >= least):
+            raise ConfigError(f"{key} is {get(key)!r}; it must be {'a whole number ' * whole}at least {least}")
     for key in POSITIVE:
         if not get(key) > 0:
             raise ConfigError(f"{key} is {get(key)!r}; it must be above 0")

@@ -139,6 +139,7 @@ def with_phrases(split, datasets, root):
 def split_names(datasets):
     """{split name: (data set, part, folds)} of every split in the `datasets` block; folds is 1 unless stated."""
     names = {}
+    require(isinstance(datasets, dict), "configs: datasets must be a map from a data set's name to where it lies")
     for dataset, block in datasets.items():
         where = f"configs: datasets.{dataset}"
         require(isinstance(block, dict), f"{where} must be a map")
@@ -155,6 +156,14 @@ def split_names(datasets):
             require(name not in names, f"{where}.splits.{name} is already a split of another data set: rename one")
             names[name] = (dataset, split["part"], folds)
     return names
+
+
+def splits_of(names, dataset, part):
+    """The splits among `names`, as split_names returns them, that are this part of the data set; at least one."""
+    found = [name for name, (owner, own, _) in names.items() if (owner, own) == (dataset, part)]
+    require(found, f"data set {dataset!r} has no split that is its part {part!r}: name one, as "
+                   f"{dataset}_{part}: {{part: {part}}}, below datasets.{dataset}.splits")
+    return found
 
 
 def load_split(name, datasets, root, check_images=True):

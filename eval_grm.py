@@ -228,7 +228,7 @@ def processes() -> int:
 
 def amp_context(config: dict, device):
     """Autocast as `train.amp` says: bf16 where the card has it, else fp16; nothing on the CPU."""
-    dtype = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float16
+    dtype = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return torch.autocast(device.type, dtype, enabled=config["train"]["amp"] and device.type == "cuda")
 
 
@@ -254,15 +254,10 @@ def main():
             parser.error(f"--{flag.replace('_', '-')} must be at least 1")
     try:
         run(args)
-    except (CheckpointError, data.DataError, modules.ModelError) as error:
-        sys.exit(f"error: {last_line(error)}")
-    except OSError as error:                                     # --out DIR cannot be written, or its disk is full
+    except (CheckpointError, data.DataError, modules.ModelError, OSError) as error:      # OSError: --out, or a full disk
         sys.exit(f"error: {error}")
-
-
-def last_line(error: BaseException) -> str:
-    """The message itself, also where a data-loading process has wrapped it in its own traceback."""
-    return str(error).strip().splitlines()[-1].removeprefix("data.DataError: ")
+    except KeyboardInterrupt:
+        sys.exit("stopped" + "; repeat the command to go on" * bool(args.out))
 
 
 def run(args):
@@ -278,8 +273,7 @@ def run(args):
         except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError) as error:
             raise CheckpointError(f"--config '{args.config}' has no readable datasets block ({' '.join(str(error).split())})") from None
     names = data.split_names(datasets)
-    wanted = args.split or next(name for name, (owner, part, _) in names.items()
-                                if (owner, part) == (config["data"]["name"], "test"))
+    wanted = args.split or data.splits_of(names, config["data"]["name"], "test")[0]
     split = data.load_split(wanted, datasets, args.data_root or config["data"]["root"])
     if args.limit:
         split = split.subset(slice(args.limit))
@@ -294,7 +288,10 @@ def run(args):
     if args.out:
         Path(args.out).mkdir(parents=True, exist_ok=True)
         partial = PartialResult(Path(args.out) / "similarity.partial", fingerprint(path, split, config))
-    results, = evaluate(model.to(device), split, tokenizer, config, device, args.batch_size, [folds], partial=partial)
+    try:
+        results, = evaluate(model.to(device), split, tokenizer, config, device, args.batch_size, [folds], partial=partial)
+    except ValueError as error:                                  # a NaN among the similarities
+        raise CheckpointError(f"'{path}' on {split.name}: {error}") from None
     print(f"{split.name}: {len(split):,} images, {len(split.texts):,} captions" + (f", mean of {folds} folds" * (folds > 1)))
     print(figures_table(results))
     evidence = grounding.measure(model, split, tokenizer, config, device, args.batch_size) if args.grounding else {}

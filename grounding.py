@@ -193,6 +193,7 @@ def measure(model, split, tokenizer, config: dict, device, batch_size: int = 64,
                     on_object = inside_outlines(outlines, grid)
                     drawn.extend(mask_v[b, on_object])
                     undrawn.extend(mask_v[b, ~on_object])
+                # of boxes that lie in one another, as in Entities, the inner never holds most: there the figure is a lower bound
                 best = (within.astype(np.float32) @ attention[b]).argmax(0)                      # (K,)
                 covered.append(len(set(best)) / len(objects))
                 one_object.append(1 / len(objects))
@@ -225,7 +226,8 @@ def measure(model, split, tokenizer, config: dict, device, batch_size: int = 64,
     probes = {"image_mask_auc": auc(object_patches, ground_patches), "image_mask_auc_outlines": auc(drawn, undrawn),
               "text_mask_auc": auc(sum((word_masks[kind] for kind in CONTENT), []), word_masks["function"]),
               **{f"text_mask_auc_{kind}": auc(word_masks[kind], word_masks["function"]) for kind in CONTENT},
-              "recall_without": recall_without(model, encoded, split, kinds_of, tokenizer, config["text"]["max_length"], device),
+              "recall_without": recall_without(model, encoded, split, kinds_of, tokenizer, config["text"]["max_length"], device,
+                                              progress),
               "region_cosine": weighted("region_cosine"),
               "region_coverage": mean(covered), "coverage_of_one": mean(one_object)}
     if model.sampler.sample:
@@ -233,7 +235,7 @@ def measure(model, split, tokenizer, config: dict, device, batch_size: int = 64,
         probes |= {"region_snr": weighted("region_snr"), "variance_several": mean(variance[several]),
                    "variance_one": mean(variance[~several]),
                    "variance_difference": bootstrap_difference(variance, several, image_of_phrase)}
-        probes |= error_auroc(model, encoded, torch.as_tensor(split.image_of_text), device)
+        probes |= error_auroc(model, encoded, torch.as_tensor(split.image_of_text), device, progress)
     return {"grounding": grounding, "probes": probes}
 
 
@@ -244,7 +246,7 @@ def similarity_rows(model, images, text, device) -> Tensor:
                       for image in images])
 
 
-def recall_without(model, encoded, split, kinds_of, tokenizer, max_length: int, device) -> dict[str, float]:
+def recall_without(model, encoded, split, kinds_of, tokenizer, max_length: int, device, progress=False) -> dict[str, float]:
     """Which words retrieval needs, whatever the mask says: the captions that find their image first (per cent), "all", and the
     change once the words of a kind are taken out of every caption. Among about NEED_IMAGES images, the first."""
     images = [image for image, _ in encoded[:-(-NEED_IMAGES // len(encoded[0][0].mask))]]        # whole batches
@@ -265,10 +267,11 @@ def recall_without(model, encoded, split, kinds_of, tokenizer, max_length: int, 
                 caption = caption[:start] + caption[end:] if own == kind else caption
             yield caption
     whole = recall(part.texts)
-    return {"all": whole} | {kind: recall(list(without(kind))) - whole for kind in KINDS}
+    kinds = tqdm(KINDS, desc=f"{split.name}: words taken out", disable=not progress, leave=False)
+    return {"all": whole} | {kind: recall(list(without(kind))) - whole for kind in kinds}
 
 
-def error_auroc(model, encoded, image_of_text: Tensor, device) -> dict:
+def error_auroc(model, encoded, image_of_text: Tensor, device, progress=False) -> dict:
     """Does the variance tell which retrievals fail (the right answer is not first; a tie is a failure)?
 
     An image's uncertainty is the mean variance of its regions. A caption's is that of the regions that its words match best
@@ -277,7 +280,7 @@ def error_auroc(model, encoded, image_of_text: Tensor, device) -> dict:
     """
     images, uncertainty, scores = [image for image, _ in encoded], [], []
     spread, regions = torch.cat([i.log_var for i in images]), torch.cat([i.regions for i in images])
-    for _, text in encoded:
+    for _, text in tqdm(encoded, desc="similarity of the variance's probe", disable=not progress, leave=False):
         rows = similarity_rows(model, images, text, device)                                      # (I, t)
         top = rows.argmax(0)
         best = torch.einsum("tmd,tkd->tmk", text.tokens, regions[top]).argmax(-1)                # (t, m)

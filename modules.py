@@ -406,17 +406,21 @@ def build_image_encoder(cfg: dict, pretrained: bool) -> nn.Module:
         weights = cfg["weights"] or _hub_weights(name, default)
         if not os.path.isfile(weights):
             raise ModelError(f"image.weights: no such file '{weights}'")
-        options.update(pretrained=True, pretrained_cfg_overlay={"file": str(weights)})
     try:
+        if pretrained:      # read here: nothing that timm's version, or a file's form, would let execute
+            state = timm.models.load_state_dict(weights, weights_only=True)
+            options.update(pretrained=True, pretrained_cfg_overlay={"state_dict": state})
         try:
-            return timm.create_model(name, **options)
+            encoder = timm.create_model(name, **options)
         except TypeError as error:                               # CNNs take any size and have no such argument
             if "img_size" not in str(error):
                 raise
             options.pop("img_size")
-            return timm.create_model(name, **options)
+            encoder = timm.create_model(name, **options)
     except Exception as error:                                   # timm raises whatever its model code raises
         raise ModelError(f"image encoder '{name}' at {size} px could not be built: {hub.one_line(error)}") from error
+    encoder.pretrained_cfg.pop("state_dict", None)               # else it would hold its weights twice
+    return encoder
 
 
 def image_statistics(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -438,14 +442,15 @@ def build_text_encoder(cfg: dict, pretrained: bool, vocab_size: int, pad_id: int
         return _from_hub(cfg["name"], "text.name", lambda **where: transformers.AutoModel.from_pretrained(
             cfg["name"], dtype=torch.float32,                # float32 masters: transformers 5 keeps the stored dtype
             trust_remote_code=False, **where))               # else a folder with code of its own would ask on the terminal
-    if encoder_config is None and cfg["name"]:
-        try:
-            found = transformers.AutoConfig.from_pretrained(cfg["name"], local_files_only=True, trust_remote_code=False)
-            encoder_config = found.to_dict()
-        except Exception:                                    # nothing at hand: BERT-base is what `name` stands for here
-            warnings.warn(f"text.name '{cfg['name']}' is not on this machine: an untrained BERT takes its place")
-    encoder_config = {"model_type": "bert", **(encoder_config or {}), **(cfg["options"] or {}), "vocab_size": vocab_size,
-                      "pad_token_id": pad_id}
+    if encoder_config is None:                               # a checkpoint's stays: it may have more rows than words
+        encoder_config = {"model_type": "bert"}
+        if cfg["name"]:
+            try:
+                found = transformers.AutoConfig.from_pretrained(cfg["name"], local_files_only=True, trust_remote_code=False)
+                encoder_config = found.to_dict()
+            except Exception:                                # nothing at hand: BERT-base is what `name` stands for here
+                warnings.warn(f"text.name '{cfg['name']}' is not on this machine: an untrained BERT takes its place")
+        encoder_config |= {**(cfg["options"] or {}), "vocab_size": vocab_size, "pad_token_id": pad_id}
     try:
         return transformers.AutoModel.from_config(
             transformers.AutoConfig.for_model(**encoder_config), dtype=torch.float32)

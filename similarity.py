@@ -95,6 +95,11 @@ class _TokenSimilarities(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
+        with torch.autocast(grad.device.type, enabled=False):     # called under autocast, its products would not fit together
+            return _TokenSimilarities.gradients(ctx, grad)
+
+    @staticmethod
+    def gradients(ctx, grad):
         (image_tokens, text_tokens, image_weights, text_weights, order, tokens, owner,
          best_region, arg_region, best_word, arg_word) = (x.detach() for x in ctx.saved_tensors)
         (I, L, d), N, T = image_tokens.shape, len(tokens), len(order)

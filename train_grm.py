@@ -54,7 +54,7 @@ def parameter_groups(model: modules.GRM, train: dict, pretrained: dict[str, bool
     return [{"params": p, "lr": rate, "peak": rate, "weight_decay": decay} for (rate, decay), p in groups.items()]
 
 
-def gradients(model, batch: dict, loss: dict, micro_batch: int | None, scale=lambda x: x):
+def gradients(model, batch: dict, loss: dict, micro_batch: int | None, amp=contextlib.nullcontext(), scale=lambda x: x):
     """Backward pass of one batch -> loss, terms, features (detached). model: a GRM, or DistributedDataParallel around a
     ranks.SharedLoss; then batch and features are this rank's part, and loss, terms and the gradient are the whole batch's.
 
@@ -62,18 +62,22 @@ def gradients(model, batch: dict, loss: dict, micro_batch: int | None, scale=lam
     gradient with respect to the features over the whole batch, then encode each part again, under the same random numbers,
     and carry the cached gradient on. Same gradient, memory of one part; but batch norm, where an encoder has it, takes its
     statistics over a part.
+
+    amp: the context of every forward pass, left before each backward pass and between those with and without a graph, as what
+    autocast keeps of a weight without one must not serve the other.
     """
     parallel = model if isinstance(model, DistributedDataParallel) else None
     shared = parallel.module if parallel else ranks.SharedLoss(model)
     inputs = batch["images"], batch["ids"], batch["valid"]
     size = len(batch["images"])
     if not micro_batch or micro_batch >= size:
-        total, terms, image, text = (parallel or shared)(inputs, batch["image_ids"], loss)
+        with amp:
+            total, terms, image, text = (parallel or shared)(inputs, batch["image_ids"], loss)
         scale(total).backward()
         return *mean_over_ranks(total, terms), image, text
     parts = [tuple(x[start:start + micro_batch] for x in inputs) for start in range(0, size, micro_batch)]
     random_states, encoded = [], []
-    with torch.no_grad():
+    with torch.no_grad(), amp:
         for part in parts:
             random_states.append(random_state())
             encoded.append(shared.model(*part))
@@ -81,7 +85,8 @@ def gradients(model, batch: dict, loss: dict, micro_batch: int | None, scale=lam
               for kind, features in zip((modules.ImageFeatures, modules.TextFeatures), zip(*encoded))]
     for feature in (*joined[0], *joined[1]):
         feature.requires_grad_(feature.is_floating_point())
-    total, terms = shared.loss(*joined, batch["image_ids"], loss)
+    with amp:
+        total, terms = shared.loss(*joined, batch["image_ids"], loss)
     scale(total).backward()
     after = random_state()
     cached = [feature.grad for feature in (*joined[0], *joined[1])]
@@ -90,7 +95,9 @@ def gradients(model, batch: dict, loss: dict, micro_batch: int | None, scale=lam
         rows = slice(n * micro_batch, (n + 1) * micro_batch)
         last = n == len(parts) - 1                             # the ranks exchange what all parts have added up
         with parallel.no_sync() if parallel and not last else contextlib.nullcontext():
-            (parallel or shared)(part, cached=[g if g is None else g[rows] for g in cached]).backward()
+            with amp:
+                carried = (parallel or shared)(part, cached=[g if g is None else g[rows] for g in cached])
+            carried.backward()
     set_random_state(after)
     return *mean_over_ranks(total, terms), *joined
 
@@ -116,13 +123,17 @@ def set_random_state(state: list[torch.Tensor]):
 
 def prepare_folder(out: Path, resume: bool):
     """An earlier run in the folder is kept under another name unless it is resumed."""
-    if not resume and (out / "metrics.jsonl").exists():
-        number = 1
-        while (kept := out.with_name(f"{out.name}.{number}")).exists():
-            number += 1
-        out.rename(kept)
-        print(f"the earlier run in {out} is kept as {kept}")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        if not resume and (out / "metrics.jsonl").exists():
+            number = 1
+            while (kept := out.with_name(f"{out.name}.{number}")).exists():
+                number += 1
+            out.rename(kept)
+            print(f"the earlier run in {out} is kept as {kept}")
+        out.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:                     # ValueError: the folder has no name, as "."
+        raise ConfigError(f"--out: '{out}' cannot be made, or what is there cannot be renamed ({hub.one_line(error)}): "
+                          "name another folder") from None
 
 
 class Run:
@@ -160,10 +171,8 @@ class Run:
         """All data checked before the first step."""
         config = self.config["data"]
         self.names = data.split_names(self.config["datasets"])
-        self.splits_of = {part: [s for s, (owner, p, _) in self.names.items() if (owner, p) == (config["name"], part)]
-                          for part in data.PARTS}
-        self.train_split = self.load_split(self.splits_of["train"][0])
-        self.val_split = self.load_split(config["val_split"] or self.splits_of["val"][0])
+        self.train_split = self.load_split(data.splits_of(self.names, config["name"], "train")[0])
+        self.val_split = self.load_split(config["val_split"] or data.splits_of(self.names, config["name"], "val")[0])
 
     def load_split(self, name: str) -> data.Split:
         return data.load_split(name, self.config["datasets"], self.config["data"]["root"])
@@ -282,8 +291,8 @@ class Run:
     def train_epoch(self):
         """The rest of the epoch that self.step lies in."""
         self.sampler.epoch, self.sampler.start = divmod(self.step, len(self.sampler))
-        self.since, self.seen = time.perf_counter(), 0
         self.model.train()
+        self.start_clock()
         for batch in self.loader:
             self.train_step({key: value.to(self.device, non_blocking=True) for key, value in batch.items()})
             self.bar.update()
@@ -292,9 +301,21 @@ class Run:
             if self.step == self.total_steps:
                 break
             if stop or late:
+                self.stop_clock()
                 self.save_last()
+                self.start_clock()
             if stop:
                 raise Stopped
+        self.stop_clock()
+
+    def start_clock(self):
+        self.since, self.seen = time.perf_counter(), 0
+
+    def stop_clock(self) -> float:
+        """-> images per second since the start; this time counts as training."""
+        seconds = time.perf_counter() - self.since
+        self.trained += seconds
+        return self.seen / seconds
 
     def train_step(self, batch: dict):
         train = self.config["train"]
@@ -302,13 +323,14 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
         self.optimizer.zero_grad(set_to_none=True)
-        with self.amp:
-            loss, terms, image, text = gradients(self.parallel, batch, self.config["loss"], train["micro_batch"],
-                                                 self.scaler.scale)
+        loss, terms, image, text = gradients(self.parallel, batch, self.config["loss"], train["micro_batch"], self.amp,
+                                             self.scaler.scale)
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), train["clip"])
         loss, norm = torch.stack([loss, norm]).tolist()        # the same on every rank
-        finite = math.isfinite(loss) and (math.isfinite(norm) or self.scaler.is_enabled())     # an overflow is the scaler's
+        # an overflow is the scaler's to mend, until it has scaled so far down that nothing can have overflown
+        overflow = self.scaler.is_enabled() and self.scaler.get_scale() >= 1
+        finite = math.isfinite(loss) and (math.isfinite(norm) or overflow)
         if finite:
             self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -319,9 +341,8 @@ class Run:
             return
         self.skipped_in_a_row = 0
         if self.step % train["log_every"] == 0 or self.step == self.total_steps:
-            now = time.perf_counter()
-            rate, self.trained = self.seen / (now - self.since), self.trained + now - self.since
-            self.seen, self.since = 0, now
+            rate = self.stop_clock()
+            self.start_clock()
             record = {"epoch": self.sampler.epoch, "loss": loss, "lr": train["lr"] * factor, "grad_norm": norm,
                       "images_per_s": round(rate, 2), "skipped_steps": self.skipped}
             record |= {f"loss_{key}": term.item() for key, term in terms.items()}
@@ -375,7 +396,7 @@ class Run:
             self.step = best["step"]
         ranks.broadcast(self.model.state_dict().values())
         try:
-            splits, what = self.splits_of["test"], "test"
+            splits, what = data.splits_of(self.names, self.config["data"]["name"], "test"), "test"
             split = self.load_split(splits[0])
         except data.DataError as error:
             say(f"no test split ({error}); the table is of the validation split, on which best.pt was chosen")
@@ -453,7 +474,7 @@ def main():
     try:
         message = run(args)
     except (ConfigError, data.DataError, modules.ModelError, CheckpointError) as error:
-        message = f"rank {ranks.rank()}: " * (ranks.rank() > 0) + f"error: {eval_grm.last_line(error)}"
+        message = f"rank {ranks.rank()}: " * (ranks.rank() > 0) + f"error: {error}"
         error.__traceback__ = None       # it holds the data-loading processes, which would be waited for
     if message:
         sys.exit(message)

@@ -19,7 +19,6 @@ from PIL import Image, ImageDraw, ImageFont
 
 import checkpoints
 import data
-import eval_grm
 import grounding
 import modules
 
@@ -64,10 +63,11 @@ def explain(model, tokenizer, config: dict, picture: Image.Image, caption: str, 
         return float(mask_t[tokens].mean()) if tokens else 0.0                                   # none: cut off
     spans = [found.span() for found in re.finditer(r"\w+|[^\w\s]", caption)]
     words = {s: caption[slice(*s)] for s in spans}
-    candidates = [s for s, text in words.items() if text[0].isalnum() and text.lower() not in grounding.FUNCTION_WORDS]
+    candidates = [s for s, text in words.items() if not grounding.of_grammar(text.lower())]
     span = find_word(caption, word) if word else max(candidates or spans, key=mask_of, default=None)
-    data.require(span and grounding.token_indices(offsets, *span),
-                 f"the word {word!r} is not in the caption {caption!r:.120}" if word else "the caption has no word")
+    data.require(span, f"the word {word!r} is not in the caption {caption!r:.120}" if word else "the caption has no word")
+    data.require(grounding.token_indices(offsets, *span),
+                 f"the word {caption[slice(*span)]!r} lies beyond the {config['text']['max_length']} tokens that a caption may have")
     said, tokens = caption[slice(*span)], grounding.token_indices(offsets, *span)
     maps = grounding.similarity_maps((text.tokens[0, tokens] @ image.tokens[0].T).numpy(), mask_v, mask_t[tokens])
 
@@ -93,9 +93,23 @@ def shade(picture: Image.Image, values: np.ndarray, side: int) -> Image.Image:
     return Image.blend(picture.resize((side, side)).convert("L").convert("RGB"), patches, 0.6)
 
 
+def font_of(size: int):
+    """Pillow's own has hardly more than English letters, so one that is often on a machine goes first."""
+    try:
+        return ImageFont.truetype("DejaVuSans.ttf", size)
+    except OSError:
+        return ImageFont.load_default(size)
+
+
+def shortened(text: str, width: float, font) -> str:
+    while font.getlength(text) > width:
+        text = text[:-2] + "…"
+    return text
+
+
 def draw(examples: list[Example], title: str, side: int, columns: int) -> Image.Image:
     """One block an example: its tiles, `columns` in a line, then its caption. The scale is at the top."""
-    font, small, large = (ImageFont.load_default(size) for size in (15, 13, 19))
+    font, small, large = map(font_of, (15, 13, 19))
     width = max(GAP + columns * (side + GAP), 960)
     ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
 
@@ -113,19 +127,17 @@ def draw(examples: list[Example], title: str, side: int, columns: int) -> Image.
     height = top + sum(rows * row_height + lines * line_height + 3 * GAP for _, rows, _, lines in layouts)
     canvas = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(canvas)
-    pen.text((GAP, 8), title, fill="black", font=large)
+    pen.text((GAP, 8), shortened(title, width - 2 * GAP, large), fill="black", font=large)
     bar = colours(np.linspace(0, 1, 200))[None].repeat(14, 0).astype(np.uint8)
     pen.text((GAP, 36), "0", fill="black", font=small)
     canvas.paste(Image.fromarray(bar), (GAP + 14, 38))
-    pen.text((GAP + 220, 36), fill="black", font=small, text="1     saliency and words: the mask itself; other maps: from "
-             "their least to their most; variance: the prior's is 1")
+    pen.text((GAP + 220, 36), fill="black", font=small, text="1     saliency and words: the mask itself; near: from the "
+             "least to the most; x mask, regions: from 0 to the most; variance: the prior's is 1")
     y = top
     for example, rows, words, lines in layouts:
         for n, (name, note, values) in enumerate(example.tiles):
             x, at = GAP + n % columns * (side + GAP), y + n // columns * row_height
-            while ruler.textlength(name, font=font) > side:
-                name = name[:-2] + "…"
-            pen.text((x, at), name, fill="black", font=font)
+            pen.text((x, at), shortened(name, side, font), fill="black", font=font)
             tile = example.picture.resize((side, side)) if values is None else shade(example.picture, values, side)
             canvas.paste(tile, (x, at + 20))
             pen.text((x, at + side + 22), note, fill=(90, 90, 90), font=small)
@@ -161,6 +173,7 @@ def run(args):
     if args.image:
         wanted, where = [], ", ".join(Path(path).name for path in args.image)
         for path, caption, word in zip(map(Path, args.image), args.caption, words):
+            data.require(path.is_file(), f"--image '{path}': no such file")
             wanted.append((data.FileSplit("--image", [path.name], [[caption]], path.parent), 0, caption, word))
         if len(wanted) == 1:
             side, columns = 200, 5
@@ -169,8 +182,8 @@ def run(args):
         wanted = [(split, i, caption, words[0]) for i, caption in chosen(split, args.rows, words[0])]
     examples = [explain(model, tokenizer, config, split.load_image(i), caption, word) for split, i, caption, word in wanted]
     picture = draw(examples, f"{config['backbone']} trained on {config['data']['name']}: {where}", side, columns)
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     try:
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         picture.save(args.out)
     except (ValueError, OSError) as error:
         raise data.DataError(f"cannot write '{args.out}' ({data.brief(error)}): name a file such as sheet.png") from None
@@ -199,7 +212,7 @@ def main():
     try:
         run(args)
     except (checkpoints.CheckpointError, data.DataError, modules.ModelError) as error:
-        sys.exit(f"error: {eval_grm.last_line(error)}")
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

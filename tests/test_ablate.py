@@ -199,6 +199,12 @@ def test_a_finished_run_is_recognised_and_an_interrupted_one_goes_on(script, tmp
     assert f"| {probes['image_mask_auc_outlines']:.3f} | {probes['text_mask_auc']:.3f} |" in printed
     assert f"| {probes['variance_difference'][0]:.3f} |\n" in printed
 
+    # two halves of a split are two splits
+    for half in ("shapes_val[:12]", "shapes_val[12:]"):
+        failure, printed = ablate(monkeypatch, capsys, "--out", tmp_path, "--seeds", 1, "--first-seed", 3, "--jobs", 1,
+                                  "--variants", "no_unc", "--split", half, "--set", *settings)
+        assert failure is None and "1 of 1 runs to do" in printed and f": {half}" in printed
+
     failure, _ = ablate(monkeypatch, capsys, "--out", tmp_path, "--seeds", 1, "--first-seed", 3, "--variants", "full",
                         "--set", *settings, "train.lr=1e-4")
     assert "full/seed3 was trained with another train.lr" in failure and "\n" not in failure
@@ -243,7 +249,7 @@ def test_a_run_that_fails_is_reported_with_its_reason(tmp_path, monkeypatch, cap
 
 @pytest.mark.parametrize("argv, said", [
     (["--variants", "no_such"], "no_image_mask"), (["--variants", "model.taus=1"], "model.tau"),
-    (["--set", "train.lr=fast"], "float"), (["--data", "imagenet"], "coco, f30k")])
+    (["--set", "train.lr=fast"], "float"), (["--data", "imagenet"], "coco, f30k"), (["--split", "shapes_vall"], "shapes_val")])
 def test_every_variant_is_checked_before_the_first_run(argv, said, tmp_path, monkeypatch, capsys):
     failure, _ = ablate(monkeypatch, capsys, "--out", tmp_path / "x", *argv)
     assert failure.startswith("error: ") and said in failure and "\n" not in failure and not (tmp_path / "x").exists()

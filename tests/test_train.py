@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+import transformers
 import yaml
 
 import checkpoints
@@ -34,11 +35,34 @@ def test_general_settings_give_way_to_special_ones():
     ("train.learning_rate=1", "train.lr"), ("lr=1", "train.lr"), ("train=1", "train.lr"), ("train.lr", "key=value"),
     ("train.lr=fast", "float"), ("train.batch_size=0", "at least 1"), ("train.batch_size=true", "int"),
     ("train.lr=-1", "above 0"), ("loss.kind=hinge", "infonce, triplet"), ("data.epoch=all", "captions, images"),
-    ("model.num_prompts=0", "at least 1"), ("model.text_keep=1", "between 0 and 1"), ("loss.kind=[", "YAML")])
+    ("model.num_prompts=0", "at least 1"), ("model.text_keep=1", "between 0 and 1"), ("loss.kind=[", "YAML"),
+    ("train.lr=null", "must have a value"), ("train.micro_batch=2.5", "whole number"), ("train.seed=-1", "at least 0"),
+    ("image.optionsx=1", "image.options"), ("train.warmup=-0.1", "at least 0")])
 def test_a_setting_that_cannot_be_names_what_can(item, said):
     with pytest.raises(ConfigError, match=said) as error:
         load_config(CONFIG, "vit_micro", sets=[item])
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("change, said", [
+    ("defaults.train.lr=1e-4", None), ("backbones.vit_micro.train.lr=1e-4", None), ("backbones.vit_micro.image=", None),
+    ("backbones.vit_micro.image=vit", "a block"), ("backbones.vit_micro=vit", "a block"), ("defaults.loss=", "unknown key"),
+    ("backbones.vit_micro.train.lr=fast", "not a float"), ("backbones.vit_micro.data=", "unknown data set")])
+def test_what_the_file_says_is_checked_as_what_set_says(tmp_path, change, said):
+    """YAML reads 1e-4, without a dot, as text, and an empty block as null."""
+    content = yaml.safe_load((ROOT / "configs.yaml").read_text())
+    (*path, last), value = change.split("=")[0].split("."), change.split("=")[1]
+    block = content
+    for key in path:
+        block = block[key]
+    block[last] = value or None
+    (tmp_path / "configs.yaml").write_text(yaml.safe_dump(content))
+    if said:
+        with pytest.raises(ConfigError, match=said):
+            load_config(tmp_path / "configs.yaml", "vit_micro")
+    else:
+        train = load_config(tmp_path / "configs.yaml", "vit_micro")["train"]
+        assert isinstance(train["lr"], float) and ("vit_micro.train" not in change or train["lr"] == 1e-4)
 
 
 def test_unknown_names_list_the_valid_ones(script, tmp_path):
@@ -192,10 +216,23 @@ def test_a_run_leaves_what_it_should(script, tmp_path):
     assert (tmp_path / "run.1" / "best.pt").exists()
 
 
+def test_without_a_test_part_the_table_is_of_the_validation_split(script, tmp_path):
+    failure, printed = script("train", "--backbone", "vit_micro", "--out", tmp_path / "run", "--set", *TINY, "train.max_steps=1",
+                              "datasets.shapes.splits={shapes_val: {part: val}, shapes_train: {part: train}}")
+    assert failure is None and "no split that is its part 'test'" in printed and "validation rSum" in printed
+    failure, _ = script("eval", "--ckpt", tmp_path / "run" / "best.pt")
+    assert failure.startswith("error: data set 'shapes' has no split") and "\n" not in failure
+    failure, _ = script("train", "--backbone", "vit_micro", "--out", tmp_path / "other", "--set", *TINY,
+                        "datasets.shapes.splits={shapes_val: {part: val}}")
+    assert failure.startswith("error: data set 'shapes' has no split that is its part 'train'")
+
+
 def test_best_is_chosen_on_validation_and_the_table_is_of_best(script, tmp_path):
     out = tmp_path / "run"
-    script("train", "--backbone", "vit_micro", "--out", out, "--set", *TINY, "train.epochs=3", "train.lr=0.005")
+    script("train", "--backbone", "vit_micro", "--out", out, "--set", *TINY, "train.epochs=3", "train.lr=0.005",
+           "train.log_every=1000")
     values = {r["step"]: r["val_rsum"] for r in records(out) if "val_rsum" in r}
+    assert all(r["train_seconds"] > 0 for r in records(out) if "val_rsum" in r)           # before the first log line, too
     best = checkpoints.load_checkpoint(out / "best.pt")
     assert len(values) == 3 and values[best["step"]] == max(values.values()) == best["best"]
     assert records(out)[-1]["step"] == best["step"]
@@ -220,6 +257,59 @@ def test_a_stopped_run_resumed_ends_with_the_same_weights(script, tmp_path, monk
     assert failure is None
     whole, cut = (checkpoints.load_checkpoint(tmp_path / name / "last.pt")["model"] for name in ("whole", "cut"))
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+@pytest.mark.parametrize("micro_batch", ["null", 5])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_mixed_precision_trains(script, tmp_path, monkeypatch, dtype, micro_batch):
+    """As on CUDA, whose context for a model is put around the CPU's: the loss of the first step is float32's but for rounding,
+    and float16 has its scaler, whose first scale may overflow."""
+    losses = []
+    for amp in (False, True):
+        with monkeypatch.context() as patched:
+            patched.setattr(eval_grm, "amp_context", lambda *_, amp=amp: torch.autocast("cpu", dtype, enabled=amp))
+            failure, _ = script("train", "--backbone", "vit_micro", "--out", tmp_path / str(amp), "--set", *TINY,
+                                "train.log_every=1", "train.max_steps=6", f"train.micro_batch={micro_batch}")
+        assert failure is None
+        losses.append([r["loss"] for r in records(tmp_path / str(amp)) if "loss" in r])
+    assert losses[1][0] == pytest.approx(losses[0][0], rel=0.01)
+    scaler = checkpoints.load_last(tmp_path / "True")["scaler"]
+    assert bool(scaler) == (dtype == torch.float16)
+    assert not scaler or scaler["scale"] >= 1 and scaler["_growth_tracker"] > 0            # the last step was taken
+
+
+def test_a_gradient_that_stays_nan_is_not_the_scalers(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(eval_grm, "amp_context", lambda *_: torch.autocast("cpu", torch.float16))
+    real = train_grm.gradients
+
+    def spoiled(model, *args):
+        result = real(model, *args)
+        model.text_proj.weight.grad[0, 0] = torch.nan
+        return result
+    monkeypatch.setattr(train_grm, "gradients", spoiled)
+    failure, _ = script("train", "--backbone", "vit_micro", "--out", tmp_path / "run", "--set", *TINY, "train.epochs=10",
+                        "train.val_every=10")
+    assert failure.startswith("error: the gradient's norm is nan at step 22")             # 65536 = 2^16, and five in a row
+
+
+def test_an_encoder_with_more_rows_than_words_comes_back(tiny_config, tmp_path):
+    """Multilingual encoders have them: the checkpoint's own description counts, not the tokenizer."""
+    folder = str(tmp_path / "bert")
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    transformers.BertModel(transformers.BertConfig(vocab_size=50, **shape)).save_pretrained(folder)
+    tiny_config["text"] |= {"name": folder, "options": {}}
+    encoder = modules.build_text_encoder(tiny_config["text"], True, 40, 0)
+    again = modules.build_text_encoder(tiny_config["text"], False, 40, 0, encoder.config.to_dict())
+    again.load_state_dict(encoder.state_dict())
+
+
+@pytest.mark.parametrize("out", ["file", "file/below", "."])
+def test_a_run_folder_that_cannot_be_made_is_one_line(script, tmp_path, monkeypatch, out):
+    monkeypatch.chdir(tmp_path)
+    for name in ("file", "metrics.jsonl"):
+        (tmp_path / name).write_text("")
+    failure, _ = script("train", "--backbone", "vit_micro", "--out", out, "--set", *TINY)
+    assert failure.startswith("error: --out") and "\n" not in failure
 
 
 def test_resume_without_a_run_says_so(script, tmp_path):
