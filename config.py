@@ -19,6 +19,7 @@ AT_LEAST = {"train.epochs": 1, "train.max_steps": 1, "train.batch_size": 1, "tra
             "train.val_every": 1, "image.size": 1, "text.max_length": 3, "model.dim": 1, "model.num_prompts": 1,
             "train.max_bad_steps": 1, "data.workers": 0, "train.seed": 0, "train.warmup": 0.0, "train.weight_decay": 0.0,
             "train.save_minutes": 0.0, "train.encoder_lr": 0.0}
+NULLABLE = ("train.max_steps", "train.micro_batch")             # numbers that null switches off
 POSITIVE = ("model.tau", "model.prompt_scale", "loss.temperature", "train.lr", "train.clip")
 CHOICES = {"loss.kind": ("infonce", "triplet"), "data.epoch": ("captions", "images")}
 
@@ -73,15 +74,18 @@ def merge(into: dict, new: dict | None, where: str):
 
 
 def fitting(value, old, where: str):
-    """`value`, if it is of the type of the setting `old`, or null; a whole number will do for a float. ConfigError else."""
+    """`value`, if it is of the type of the setting `old`, or null; any number will do for a number. ConfigError else."""
     if isinstance(value, str) and not isinstance(old, str):
         with contextlib.suppress(ValueError):
             value = float(value)                               # YAML reads 2e-4, without a dot, as text
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    fits = old is None or value is None or isinstance(value, type(old)) or isinstance(old, float) and number
-    if not fits or isinstance(old, int) and not isinstance(old, bool) and isinstance(value, bool):
+    fits = is_number(value) if is_number(old) else old is None or isinstance(value, type(old))
+    if not fits and value is not None:
         raise ConfigError(f"{where}: {value!r} is not a {type(old).__name__}, as {old!r} is")
     return value
+
+
+def is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def set_key(config: dict, item: str):
@@ -115,20 +119,23 @@ def check(config: dict, defaults: dict):
 
     for section in SECTIONS:
         for name, default in defaults[section].items():
-            if config[section][name] is None and isinstance(default, (int, float, list)):
+            nullable = f"{section}.{name}" in NULLABLE or not isinstance(default, (int, float, list))
+            if config[section][name] is None and not nullable:
                 raise ConfigError(f"{section}.{name} is null; it must have a value, as {default!r}")
     for key, least in AT_LEAST.items():
         whole = isinstance(least, int)
-        if get(key) is not None and not (isinstance(get(key), int if whole else (int, float)) and get(key) >= least):
+        if get(key) is None and key in NULLABLE:
+            continue
+        if not (is_number(get(key)) and get(key) >= least and isinstance(get(key), (int if whole else (int, float)))):
             raise ConfigError(f"{key} is {get(key)!r}; it must be {'a whole number ' * whole}at least {least}")
     for key in POSITIVE:
-        if not get(key) > 0:
+        if not (is_number(get(key)) and get(key) > 0):
             raise ConfigError(f"{key} is {get(key)!r}; it must be above 0")
-    for key in ("image_keep", "text_keep"):
-        if not 0 < config["model"][key] < 1:
-            raise ConfigError(f"model.{key} is {config['model'][key]!r}; it must lie between 0 and 1")
+    for key in ("model.image_keep", "model.text_keep"):
+        if not (is_number(get(key)) and 0 < get(key) < 1):
+            raise ConfigError(f"{key} is {get(key)!r}; it must lie between 0 and 1")
     for key, valid in CHOICES.items():
         if get(key) not in valid:
             raise ConfigError(f"{key} is '{get(key)}'; valid: {', '.join(valid)}")
-    if not any(config["loss"][level] for level in modules.LEVELS):
+    if not any(get(f"loss.{level}") for level in modules.LEVELS):
         raise ConfigError("loss.ori, loss.key and loss.unc are all 0: nothing is left to learn from")

@@ -47,6 +47,7 @@ def test_a_setting_that_cannot_be_names_what_can(item, said):
 @pytest.mark.parametrize("change, said", [
     ("defaults.train.lr=1e-4", None), ("backbones.vit_micro.train.lr=1e-4", None), ("backbones.vit_micro.image=", None),
     ("backbones.vit_micro.image=vit", "a block"), ("backbones.vit_micro=vit", "a block"), ("defaults.loss=", "unknown key"),
+    ("backbones.vit_micro.train.save_minutes=0.5", None), ("defaults.train.max_steps=9", None), ("defaults.train.clip=2,0", "clip"),
     ("backbones.vit_micro.train.lr=fast", "not a float"), ("backbones.vit_micro.data=", "unknown data set")])
 def test_what_the_file_says_is_checked_as_what_set_says(tmp_path, change, said):
     """YAML reads 1e-4, without a dot, as text, and an empty block as null."""
@@ -62,7 +63,7 @@ def test_what_the_file_says_is_checked_as_what_set_says(tmp_path, change, said):
             load_config(tmp_path / "configs.yaml", "vit_micro")
     else:
         train = load_config(tmp_path / "configs.yaml", "vit_micro")["train"]
-        assert isinstance(train["lr"], float) and ("vit_micro.train" not in change or train["lr"] == 1e-4)
+        assert isinstance(train["lr"], float) and ("vit_micro.train.lr" not in change or train["lr"] == 1e-4)
 
 
 def test_unknown_names_list_the_valid_ones(script, tmp_path):
