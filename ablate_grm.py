@@ -295,7 +295,8 @@ def run(args):
                 results[one.variant][one.seed] = result
         rows = summarise(results)
         split = next((run["split"] for row in rows for run in row["runs"].values()), args.split or "the test split")
-        text = markdown(rows, f"Ablation of {args.backbone} on {config['data']['name']}: {split}", {name: commands[name] for name in names})
+        title = f"Ablation of {args.backbone} on {config['data']['name']}: {split}"
+        text = markdown(rows, title, {name: commands[name] for name in names})
         (out / "table.md").write_text(text)
         content = [row | {"command": commands[row["variant"]]} for row in rows]
         (out / "table.json").write_text(json.dumps(content, indent=1) + "\n")

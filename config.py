@@ -123,11 +123,10 @@ def check(config: dict, defaults: dict):
             if config[section][name] is None and not nullable:
                 raise ConfigError(f"{section}.{name} is null; it must have a value, as {default!r}")
     for key, least in AT_LEAST.items():
-        whole = isinstance(least, int)
-        if get(key) is None and key in NULLABLE:
-            continue
-        if not (is_number(get(key)) and get(key) >= least and isinstance(get(key), (int if whole else (int, float)))):
-            raise ConfigError(f"{key} is {get(key)!r}; it must be {'a whole number ' * whole}at least {least}")
+        value, whole = get(key), isinstance(least, int)
+        fits = is_number(value) and value >= least and not (whole and isinstance(value, float))
+        if not fits and not (value is None and key in NULLABLE):
+            raise ConfigError(f"{key} is {value!r}; it must be {'a whole number ' * whole}at least {least}")
     for key in POSITIVE:
         if not (is_number(get(key)) and get(key) > 0):
             raise ConfigError(f"{key} is {get(key)!r}; it must be above 0")

@@ -228,7 +228,8 @@ def processes() -> int:
 
 def amp_context(config: dict, device):
     """Autocast as `train.amp` says: bf16 where the card has it, else fp16; nothing on the CPU."""
-    dtype = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    dtype = torch.bfloat16 if has_bf16 else torch.float16
     return torch.autocast(device.type, dtype, enabled=config["train"]["amp"] and device.type == "cuda")
 
 
