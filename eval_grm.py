@@ -24,6 +24,7 @@ from tqdm import tqdm
 import data
 import grounding
 import modules
+import ranks
 from checkpoints import CheckpointError, find_checkpoint, load_checkpoint, model_from_checkpoint
 
 RECALLS = (1, 5, 10)
@@ -36,7 +37,7 @@ def recall_at_k(similarity: Tensor, image_of_text: Tensor) -> dict[str, float]:
 
     i2t_r1, i2t_r5, i2t_r10, t2i_r1, t2i_r5, t2i_r10 and their sum `rsum` in per cent; i2t_medr, t2i_medr median ranks
     (1 is best). An image counts by its best caption. A tie counts against the model. Images without a caption are
-    distractors only. ValueError for a NaN or for shapes that do not fit.
+    distractors only. FloatingPointError for a NaN, ValueError for shapes that do not fit.
     """
     similarity, image_of_text = torch.as_tensor(similarity), torch.as_tensor(image_of_text)
     images, texts = similarity.shape
@@ -52,13 +53,13 @@ def recall_at_k(similarity: Tensor, image_of_text: Tensor) -> dict[str, float]:
     for start in range(0, images, 256):                                                          # bounded memory
         rows = similarity[start:start + 256]
         if rows.isnan().any():
-            raise ValueError(f"the similarity has a NaN among images {start}..{start + len(rows) - 1}")
+            raise FloatingPointError(f"the similarity has a NaN among images {start}..{start + len(rows) - 1}")
         i2t[start:start + 256] = 1 + (rows >= best[start:start + 256, None]).sum(1)
         t2i += (rows >= own).sum(0)
     i2t, t2i = i2t - own_above, t2i - 1                             # what is right does not count against itself
     i2t = i2t[torch.bincount(image_of_text, minlength=images) > 0]
-    figures = {f"{way}_r{k}": 100 * (ranks <= k).double().mean().item()
-               for way, ranks in (("i2t", i2t), ("t2i", t2i)) for k in RECALLS}
+    figures = {f"{way}_r{k}": 100 * (places <= k).double().mean().item()
+               for way, places in (("i2t", i2t), ("t2i", t2i)) for k in RECALLS}
     figures["rsum"] = sum(figures.values())
     figures |= {"i2t_medr": float(np.median(i2t)), "t2i_medr": float(np.median(t2i))}
     return figures
@@ -87,15 +88,15 @@ def evaluate(model, split, tokenizer, config: dict, device, batch_size: int = 12
     """
     model.eval()
     image_of_text = torch.as_tensor(split.image_of_text)
-    first, last = (len(split) * r // processes() for r in (rank(), rank() + 1))
+    first, last = (len(split) * r // ranks.count() for r in (ranks.rank(), ranks.rank() + 1))
     texts = encode_captions(model, split, tokenizer, config, device, 4 * batch_size, progress)
     matrices = similarity_matrices(model, split, range(first, last), texts, config, device, batch_size, progress, partial)
     results = [{} for _ in folds]
     for level, rows in matrices.items():
         matrix = joined_rows(rows)
-        for result, f in zip(results, folds) if rank() == 0 else ():
+        for result, f in zip(results, folds) if ranks.rank() == 0 else ():
             result[level] = fold_figures(matrix, image_of_text, f)
-    if processes() > 1:
+    if ranks.count() > 1:
         dist.broadcast_object_list(results, src=0)
     return results
 
@@ -115,16 +116,16 @@ def encode_captions(model, split, tokenizer, config: dict, device, batch_size: i
     nearly tie.
     """
     ids = data.tokenize(tokenizer, split.texts, config["text"]["max_length"])
-    batches = list(data.text_batches(ids, batch_size, tokenizer.pad_token_id))[rank()::processes()]
+    batches = list(data.text_batches(ids, batch_size, tokenizer.pad_token_id))[ranks.rank()::ranks.count()]
     texts = []
-    hidden = not progress or rank() > 0
+    hidden = not progress or ranks.rank() > 0
     for indices, tokens, valid in tqdm(batches, desc=f"{split.name}: captions", disable=hidden, leave=False):
         with amp_context(config, device):
             text = model.encode_text(tokens.to(device), valid.to(device))
         text = modules.TextFeatures(to_16_bits(text.tokens), text.valid, text.mask.float())
         texts.append((indices, modules.TextFeatures(*(x.cpu() for x in text))))
-    if processes() > 1:
-        shares = [None] * processes()
+    if ranks.count() > 1:
+        shares = [None] * ranks.count()
         dist.all_gather_object(shares, texts)
         texts = [batch for share in shares for batch in share]
     return texts
@@ -145,7 +146,7 @@ def similarity_matrices(model, split, indices: range, texts, config: dict, devic
     loader = DataLoader(Subset(data.EvalImages(split, transform), indices[done:]), batch_size,
                         num_workers=config["data"]["workers"], pin_memory=device.type == "cuda")
     with tqdm(total=matrices[0].numel(), initial=done * matrices.shape[2], desc=f"{split.name}: images and similarity",
-              unit="pairs", unit_scale=True, disable=not progress or rank() > 0, leave=False) as bar:
+              unit="pairs", unit_scale=True, disable=not progress or ranks.rank() > 0, leave=False) as bar:
         for images in loader:
             with amp_context(config, device):
                 image = model.encode_image(images.to(device, non_blocking=True))
@@ -164,11 +165,11 @@ def similarity_matrices(model, split, indices: range, texts, config: dict, devic
 
 def joined_rows(rows: Tensor) -> Tensor:
     """The rows of all processes one below the other, on the first process; elsewhere an empty list stands for them."""
-    if processes() == 1:
+    if ranks.count() == 1:
         return rows
-    parts = [None] * processes() if rank() == 0 else None
+    parts = [None] * ranks.count() if ranks.rank() == 0 else None
     dist.gather_object(rows.clone(), parts, dst=0)               # a clone, or its neighbours would travel with the view
-    return torch.cat(parts) if rank() == 0 else rows[:0]
+    return torch.cat(parts) if ranks.rank() == 0 else rows[:0]
 
 
 def fold_figures(matrix: Tensor, image_of_text: Tensor, folds: int) -> dict[str, float]:
@@ -216,14 +217,6 @@ class PartialResult:
     def remove(self):
         self.file.close()
         self.path.unlink()
-
-
-def rank() -> int:
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-
-def processes() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def amp_context(config: dict, device):
@@ -291,7 +284,7 @@ def run(args):
         partial = PartialResult(Path(args.out) / "similarity.partial", fingerprint(path, split, config))
     try:
         results, = evaluate(model.to(device), split, tokenizer, config, device, args.batch_size, [folds], partial=partial)
-    except ValueError as error:                                  # a NaN among the similarities
+    except FloatingPointError as error:
         raise CheckpointError(f"'{path}' on {split.name}: {error}") from None
     print(f"{split.name}: {len(split):,} images, {len(split.texts):,} captions" + (f", mean of {folds} folds" * (folds > 1)))
     print(figures_table(results))

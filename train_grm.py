@@ -385,7 +385,7 @@ class Run:
         try:
             return eval_grm.evaluate(self.model, split, self.tokenizer, self.config, self.device, folds=folds,
                                      progress=sys.stderr.isatty() and ranks.rank() == 0)
-        except ValueError as error:                            # a NaN among the similarities
+        except FloatingPointError as error:
             raise ConfigError(f"{split.name}, step {self.step}: {error}: try a lower train.lr, or train.amp=false") from None
 
     def final_table(self):
