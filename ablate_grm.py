@@ -218,11 +218,16 @@ def free_slots() -> int:
     return torch.cuda.device_count() or max(1, cores - round(os.getloadavg()[0]))
 
 
+def gpu_names(visible: str, count: int) -> list[str]:
+    """What CUDA_VISIBLE_DEVICES has to be for each of the `count` GPUs that torch sees, given what it is now."""
+    names = [name.strip() for name in visible.split(",")][:count]
+    return names if len(names) == count and all(names) else [str(gpu) for gpu in range(count)]
+
+
 def work_off(runs: list[Run], slots: int, after_each) -> dict[str, str]:
     """Runs everything that is not done, `slots` at a time; -> {run: why it failed}. SystemExit once a signal stops it."""
     waiting, working, failed, stop = deque(run for run in runs if run.result() is None), {}, {}, []
-    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[:torch.cuda.device_count()]      # those left to us
-    gpus = gpus if all(gpus) else [str(gpu) for gpu in range(torch.cuda.device_count())]
+    gpus = gpu_names(os.environ.get("CUDA_VISIBLE_DEVICES", ""), torch.cuda.device_count())
     handlers = {number: signal.signal(number, lambda signum, frame: stop.append(signum))
                 for number in (signal.SIGINT, signal.SIGTERM)}
     bar = tqdm(total=len(runs), initial=len(runs) - len(waiting), desc="ablate", unit="run", dynamic_ncols=True,

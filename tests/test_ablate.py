@@ -258,3 +258,10 @@ def test_every_variant_is_checked_before_the_first_run(argv, said, tmp_path, mon
 def test_variants_may_be_settings():
     assert ablate_grm.variant_settings("train.lr=1e-4,augment.crop=[0.5, 1.0],model.tau=2") == [
         "train.lr=1e-4", "augment.crop=[0.5, 1.0]", "model.tau=2"]
+
+
+@pytest.mark.parametrize("visible, count, names", [
+    ("", 2, ["0", "1"]), ("", 0, []), ("2,3", 2, ["2", "3"]), ("3, 1,-1,0", 2, ["3", "1"]), ("GPU-8f2a", 1, ["GPU-8f2a"]),
+    ("-1", 0, []), ("1,", 2, ["0", "1"])])
+def test_runs_get_the_gpus_that_were_left_to_the_command(visible, count, names):
+    assert ablate_grm.gpu_names(visible, count) == names
