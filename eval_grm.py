@@ -82,15 +82,27 @@ def evaluate(model, split, tokenizer, config: dict, device, batch_size: int = 12
 
     With f folds, the images are cut into f consecutive groups that are scored alone, and the figures are the mean.
 
-    Only the captions' tokens, in 16 bits, and the (I, T) matrices are held: images are scored as they are encoded.
     Called by every process of torch.distributed, each encodes its share of the captions and scores its share of the images,
     and all return the same figures.
     """
+    return figures_of(share_of_rows(model, split, tokenizer, config, device, batch_size, progress, partial), split, folds)
+
+
+def share_of_rows(model, split, tokenizer, config: dict, device, batch_size: int, progress: bool = True,
+                  partial: "PartialResult | None" = None) -> dict[str, Tensor]:
+    """{level: (I', T)} of this process's share of the images with all captions; of all images if there is no other process.
+
+    Only the captions' tokens, in 16 bits, and these matrices are held: images are scored as they are encoded.
+    """
     model.eval()
-    image_of_text = torch.as_tensor(split.image_of_text)
     first, last = (len(split) * r // ranks.count() for r in (ranks.rank(), ranks.rank() + 1))
     texts = encode_captions(model, split, tokenizer, config, device, 4 * batch_size, progress)
-    matrices = similarity_matrices(model, split, range(first, last), texts, config, device, batch_size, progress, partial)
+    return similarity_matrices(model, split, range(first, last), texts, config, device, batch_size, progress, partial)
+
+
+def figures_of(matrices: dict[str, Tensor], split, folds=(1,)) -> list[dict[str, dict[str, float]]]:
+    """`evaluate`'s figures from every process's share of the rows."""
+    image_of_text = torch.as_tensor(split.image_of_text)
     results = [{} for _ in folds]
     for level, rows in matrices.items():
         matrix = joined_rows(rows)
@@ -140,6 +152,7 @@ def similarity_matrices(model, split, indices: range, texts, config: dict, devic
     next: no image token outlives its batch.
     """
     levels = [name for name in modules.LEVELS if model.levels[name]] + ["combined"]
+    texts = [(columns, modules.TextFeatures(*(x.to(device) for x in text))) for columns, text in texts]
     matrices = torch.empty(len(levels), len(indices), sum(len(t) for t, _ in texts))
     done = partial.load(matrices) if partial else 0
     transform = data.image_transform(config["image"]["size"], *modules.image_statistics(config["image"]["name"]), train=False)
@@ -153,8 +166,8 @@ def similarity_matrices(model, split, indices: range, texts, config: dict, devic
             image = modules.ImageFeatures(image.tokens.float(), image.mask.float(), image.regions.float())
             rows = matrices[:, done:done + len(images)]
             for columns, text in texts:
-                tokens, valid, mask = (x.to(device, non_blocking=True) for x in text)
-                scores = model.similarity(image, modules.TextFeatures(F.normalize(tokens.float(), dim=-1), valid, mask))
+                text = text._replace(tokens=F.normalize(text.tokens.float(), dim=-1))
+                scores = model.similarity(image, text)
                 rows[:, :, columns] = torch.stack([scores[name] for name in levels]).float().cpu()
                 bar.update(len(images) * len(columns))
             if partial:
@@ -283,13 +296,15 @@ def run(args):
         Path(args.out).mkdir(parents=True, exist_ok=True)
         partial = PartialResult(Path(args.out) / "similarity.partial", fingerprint(path, split, config))
     try:
-        results, = evaluate(model.to(device), split, tokenizer, config, device, args.batch_size, [folds], partial=partial)
+        matrices = share_of_rows(model.to(device), split, tokenizer, config, device, args.batch_size, partial=partial)
+        results, = figures_of(matrices, split, [folds])
     except FloatingPointError as error:
         raise CheckpointError(f"'{path}' on {split.name}: {error}") from None
     print(f"{split.name}: {len(split):,} images, {len(split.texts):,} captions" + (f", mean of {folds} folds" * (folds > 1)))
     print(figures_table(results))
-    evidence = grounding.measure(model, split, tokenizer, config, device, args.batch_size) if args.grounding else {}
-    if evidence:
+    evidence = {}
+    if args.grounding:
+        evidence = grounding.measure(model, split, tokenizer, config, device, matrices["combined"], args.batch_size)
         print(grounding.table(evidence))
     if args.out:
         report = {"checkpoint": str(path), "split": wanted, "images": len(split), "captions": len(split.texts),

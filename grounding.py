@@ -25,7 +25,7 @@ RELATIONS = {"left", "right", "above", "over", "below", "under", "near", "next",
 NUMBERS = set("one two three four five six seven eight nine ten".split())
 CONTENT = ("phrase", "number", "place")
 KINDS = (*CONTENT, "function")
-NEED_IMAGES = 300  # enough for recall_without, which encodes every caption five times
+NEED_IMAGES = 300  # for recall_without, which encodes every caption five times: the batches that begin before it
 FUNCTION_WORDS = set("a an the some this that these those is are was were be there here it its his her their of to on in at "
                      "by for from as with along and or".split())
 
@@ -156,9 +156,10 @@ def grid_side(patches: int) -> int:
 
 
 @torch.no_grad()
-def measure(model, split, tokenizer, config: dict, device, batch_size: int = 64, progress: bool = True) -> dict:
-    """Every figure of a split: {"grounding": {...}, "probes": {...}}; None where a figure has no meaning, as all that need
-    phrases with boxes have on a split without."""
+def measure(model, split, tokenizer, config: dict, device, combined: Tensor, batch_size: int = 64,
+            progress: bool = True) -> dict:
+    """Every figure of a split, of which `combined` (I, T) is the sum of the levels: {"grounding": {...}, "probes": {...}};
+    None where a figure has no meaning, as all that need phrases with boxes have on a split without."""
     model.eval()
     statistics = modules.image_statistics(config["image"]["name"])
     transform = data.image_transform(config["image"]["size"], *statistics, train=False)
@@ -167,7 +168,7 @@ def measure(model, split, tokenizer, config: dict, device, batch_size: int = 64,
     object_patches, ground_patches, drawn, undrawn = [], [], [], []
     word_masks, kinds_of = {kind: [] for kind in KINDS}, []
     chance, covered, one_object, variance, several, image_of_phrase, figures = [], [], [], [], [], [], []
-    encoded, skipped, first = [], 0, 0
+    first_images, gaussians, texts, skipped, first = [], [], [], 0, 0
     for batch in tqdm(loader, desc=f"{split.name}: grounding", disable=not progress, leave=False):
         rows = range(first, first + len(batch))
         first += len(batch)
@@ -176,7 +177,10 @@ def measure(model, split, tokenizer, config: dict, device, batch_size: int = 64,
                                         config["text"]["max_length"], device)
         figures.append((len(batch), modules.diagnostics(image, text)))
         spread = image.log_var.exp().mean(-1) * image.log_var.shape[-1]                          # (B, K), 1 is the prior's
-        encoded.append((image._replace(means=None, attention=None, log_var=spread), text))
+        gaussians.append((image.regions, spread))
+        texts.append(text)
+        if rows.start < NEED_IMAGES:
+            first_images.append(image._replace(means=None, attention=None, log_var=None))
         grid, caption = grid_side(image.mask.shape[1]), 0
         # numpy from here: on arrays this small torch's threads cost more than they do
         tokens_v, mask_v, regions, attention = (x.float().numpy() for x in image[:3] + (image.attention,))
@@ -226,8 +230,8 @@ def measure(model, split, tokenizer, config: dict, device, batch_size: int = 64,
     probes = {"image_mask_auc": auc(object_patches, ground_patches), "image_mask_auc_outlines": auc(drawn, undrawn),
               "text_mask_auc": auc(sum((word_masks[kind] for kind in CONTENT), []), word_masks["function"]),
               **{f"text_mask_auc_{kind}": auc(word_masks[kind], word_masks["function"]) for kind in CONTENT},
-              "recall_without": recall_without(model, encoded, split, kinds_of, tokenizer, config["text"]["max_length"], device,
-                                              progress),
+              "recall_without": recall_without(model, first_images, split, kinds_of, tokenizer, config["text"]["max_length"],
+                                              device, progress),
               "region_cosine": weighted("region_cosine"),
               "region_coverage": mean(covered), "coverage_of_one": mean(one_object)}
     if model.sampler.sample:
@@ -235,28 +239,23 @@ def measure(model, split, tokenizer, config: dict, device, batch_size: int = 64,
         probes |= {"region_snr": weighted("region_snr"), "variance_several": mean(variance[several]),
                    "variance_one": mean(variance[~several]),
                    "variance_difference": bootstrap_difference(variance, several, image_of_phrase)}
-        probes |= error_auroc(model, encoded, torch.as_tensor(split.image_of_text), device, progress)
+        regions, spread = (torch.cat(parts) for parts in zip(*gaussians))
+        probes |= error_auroc(regions, spread, texts, combined, torch.as_tensor(split.image_of_text))
     return {"grounding": grounding, "probes": probes}
 
 
-def similarity_rows(model, images, text, device) -> Tensor:
-    """(I, t), on the CPU: the levels' sum for encoded batches of images and one of captions."""
-    moved = modules.TextFeatures(*(x.to(device) for x in text))
-    return torch.cat([model.similarity(modules.ImageFeatures(*(x.to(device) for x in image[:3])), moved)["combined"].float().cpu()
-                      for image in images])
-
-
-def recall_without(model, encoded, split, kinds_of, tokenizer, max_length: int, device, progress=False) -> dict[str, float]:
+def recall_without(model, images, split, kinds_of, tokenizer, max_length: int, device, progress=False) -> dict[str, float]:
     """Which words retrieval needs, whatever the mask says: the captions that find their image first (per cent), "all", and the
-    change once the words of a kind are taken out of every caption. Among about NEED_IMAGES images, the first."""
-    images = [image for image, _ in encoded[:-(-NEED_IMAGES // len(encoded[0][0].mask))]]        # whole batches
+    change once the words of a kind are taken out of every caption.  images: ImageFeatures of the split's first, in batches."""
     part = split.subset(slice(sum(len(image.mask) for image in images)))
+    images = [modules.ImageFeatures(*(x.to(device) for x in image[:3])) for image in images]
 
     def recall(texts):
         found = 0
         for start in range(0, len(texts), 256):
             text, _ = encode_captions(model, tokenizer, texts[start:start + 256], max_length, device)
-            rows = similarity_rows(model, images, text, device)
+            text = modules.TextFeatures(*(x.to(device) for x in text))
+            rows = torch.cat([model.similarity(image, text)["combined"].float().cpu() for image in images])
             own = rows[part.image_of_text[start:start + 256], range(rows.shape[1])]
             found += ((rows >= own).sum(0) == 1).sum().item()                                    # a tie is a failure
         return 100 * found / len(texts)
@@ -271,22 +270,18 @@ def recall_without(model, encoded, split, kinds_of, tokenizer, max_length: int, 
     return {"all": whole} | {kind: recall(list(without(kind))) - whole for kind in kinds}
 
 
-def error_auroc(model, encoded, image_of_text: Tensor, device, progress=False) -> dict:
+def error_auroc(regions: Tensor, spread: Tensor, texts, scores: Tensor, image_of_text: Tensor) -> dict:
     """Does the variance tell which retrievals fail (the right answer is not first; a tie is a failure)?
 
     An image's uncertainty is the mean variance of its regions. A caption's is that of the regions that its words match best
     in the image retrieved for it, weighted by A_T: what is known without the right answer.
-    encoded: [(ImageFeatures with log_var (B, K) the regions' variances, TextFeatures)].
+    regions (I, K, d), their variances `spread` (I, K), texts: TextFeatures in batches, scores (I, T), image_of_text (T,).
     """
-    images, uncertainty, scores = [image for image, _ in encoded], [], []
-    spread, regions = torch.cat([i.log_var for i in images]), torch.cat([i.regions for i in images])
-    for _, text in tqdm(encoded, desc="similarity of the variance's probe", disable=not progress, leave=False):
-        rows = similarity_rows(model, images, text, device)                                      # (I, t)
-        top = rows.argmax(0)
+    uncertainty, tops = [], scores.argmax(0).split([len(text.mask) for text in texts])
+    for text, top in zip(texts, tops):
         best = torch.einsum("tmd,tkd->tmk", text.tokens, regions[top]).argmax(-1)                # (t, m)
         uncertainty.append((spread[top].gather(1, best) * text.mask).sum(1) / text.mask.sum(1).clamp_min(1e-6))
-        scores.append(rows)
-    scores, uncertainty = torch.cat(scores, 1), torch.cat(uncertainty)
+    uncertainty = torch.cat(uncertainty)
     own = scores[image_of_text, torch.arange(len(image_of_text))]
     text_wrong = (scores >= own).sum(0) > 1
     matched = image_of_text[None] == torch.arange(len(scores))[:, None]

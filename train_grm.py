@@ -250,16 +250,19 @@ class Run:
                               "its own command, or choose another --out") from None
         for group, rate in zip(self.optimizer.param_groups, rates):        # as set now, which may be lower than before
             group.update(rate)
-        self.scaler.load_state_dict(last["scaler"])
+        if last["scaler"]:                                     # empty where the run had none: in bf16 or without train.amp
+            self.scaler.load_state_dict(last["scaler"])
         self.step, self.best, self.validated, self.trained = (last[key] for key in ("step", "best", "validated", "trained"))
         self.skipped, self.skipped_in_a_row = last["skipped"]
         if last["bad_images"].shape == self.pairs.bad.shape:
             self.pairs.bad |= last["bad_images"]
-        if len(last["random_state"][0]) == ranks.count():
-            set_random_state([states[ranks.rank()] for states in last["random_state"]])
+        states = last["random_state"]                          # of the CPU and, if the run had GPUs, of these
+        if len(states[0]) == ranks.count() and len(states) == len(random_state()):
+            set_random_state([state[ranks.rank()] for state in states])
         else:
-            warnings.warn(f"the run had {len(last['random_state'][0])} processes and has {ranks.count()} now: it goes on "
-                          f"from step {self.step} with other random numbers")
+            was, now = (f"{n} processes on the {'GPU' if gpus else 'CPU'}" for n, gpus in (
+                (len(states[0]), len(states) > 1), (ranks.count(), torch.cuda.is_available())))
+            warnings.warn(f"the run had {was} and has {now} now: it goes on from step {self.step} with other random numbers")
             torch.manual_seed(self.config["train"]["seed"] + self.step + ranks.rank())
 
     def log(self, record: dict):

@@ -1,12 +1,15 @@
 """What the tests share: the repository on the path, a tiny model, and the way a script is run and fails."""
 import json
+import os
 import sys
 from pathlib import Path
 
-import numpy as np
-import pytest
-import torch
-from PIL import Image
+os.environ["CUDA_VISIBLE_DEVICES"] = ""      # figures are compared to the digit: the tests run on the CPU, where there is a GPU too
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))

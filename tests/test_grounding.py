@@ -101,6 +101,11 @@ def test_the_interval_of_a_difference_resamples_images_not_values():
     assert grounding.bootstrap_difference([1, 2], [1, 1], [0, 1]) is None
 
 
+def zeros(split):
+    """Similarities that find nothing."""
+    return torch.zeros(len(split), len(split.texts))
+
+
 class Counter(torch.nn.Module):
     """Scores an image and a caption by how many of the words, each counted, they do not share."""
 
@@ -116,11 +121,34 @@ def test_what_retrieval_needs_are_the_words_without_which_images_are_not_found()
     split, tokenizer = data.FileSplit("x", list("1234"), [[c] for c in captions], None), data.build_tokenizer(captions)
     words, _ = grounding.encode_captions(Counter(), tokenizer, captions, 64, "cpu")
     bags = (words.tokens * words.mask[..., None]).split(2)                                       # images in two batches
-    encoded = [(modules.ImageFeatures(bag, bag[..., 0], bag), None) for bag in bags]
+    images = [modules.ImageFeatures(bag, bag[..., 0], bag) for bag in bags]
     kinds = [grounding.word_kinds(caption, None) for caption in captions]
-    needed = grounding.recall_without(Counter(), encoded, split, kinds, tokenizer, 64, "cpu")
+    needed = grounding.recall_without(Counter(), images, split, kinds, tokenizer, 64, "cpu")
     # only their numbers tell the first two apart, only their colours the last two; ties are failures
     assert needed == {"all": 100, "phrase": -50, "number": -50, "place": 0, "function": 0}
+
+
+def test_the_variance_tells_failures_by_the_regions_of_what_is_retrieved():
+    """Against loops, in two batches of captions of different length; images and captions without a tie."""
+    g = torch.Generator().manual_seed(3)
+    regions, spread = torch.randn(6, 4, 5, generator=g), torch.rand(6, 4, generator=g)
+    texts = [modules.TextFeatures(torch.randn(n, m, 5, generator=g), torch.ones(n, m) > 0, torch.rand(n, m, generator=g))
+             for n, m in ((7, 3), (5, 6))]
+    scores, image_of_text = torch.randn(6, 12, generator=g), torch.arange(12) // 2
+    figures = grounding.error_auroc(regions, spread, texts, scores, image_of_text)
+    wrong, right, caption = [], [], 0
+    for text in texts:
+        for tokens, mask in zip(text.tokens, text.mask):
+            found = max(range(6), key=lambda i: scores[i, caption])
+            variance = [spread[found, max(range(4), key=lambda k: regions[found, k] @ t)] for t in tokens]
+            value = float(sum(a * v for a, v in zip(mask, variance)) / sum(mask))
+            (right if found == caption // 2 else wrong).append(value)
+            caption += 1
+    assert figures["caption_error_auroc"] == pytest.approx(np.mean([[w > r for r in right] for w in wrong]))
+    first = [max(range(12), key=lambda t: scores[i, t]) // 2 == i for i in range(6)]
+    means = [float(spread[i].mean()) for i in range(6)]
+    assert figures["image_error_auroc"] == pytest.approx(np.mean(
+        [[means[i] > means[j] for j in range(6) if first[j]] for i in range(6) if not first[i]]))
 
 
 # ------------------------------------------------------------------------------------------------------ a model that knows
@@ -173,7 +201,8 @@ def test_a_model_that_knows_gets_full_marks_and_its_opposite_none(right, tiny_co
     scenes = data.load_split("shapes", tiny_config["datasets"], "").subset(slice(12))
     split = OneObject(scenes.name, scenes.image_names, scenes.scenes)
     tokenizer = data.build_tokenizer(split.texts)
-    report = grounding.measure(Ideal(split, tokenizer, right), split, tokenizer, tiny_config, torch.device("cpu"), 5, False)
+    report = grounding.measure(Ideal(split, tokenizer, right), split, tokenizer, tiny_config, torch.device("cpu"),
+                               zeros(split), 5, False)
     figures, probes = report["grounding"], report["probes"]
     assert figures["phrases"] == sum(len(p) for scene in scenes.scenes for p in scene.phrases)
     assert 0.01 < figures["chance"] < 0.25
@@ -246,7 +275,7 @@ def test_grounding_runs_on_flickr30k_entities(entities_root, tiny_model, tiny_co
     datasets = tiny_config["datasets"]
     split = data.with_phrases(data.load_split("f30k", datasets, entities_root), datasets, entities_root)
     tokenizer = data.build_tokenizer(split.texts)
-    figures = grounding.measure(tiny_model, split, tokenizer, tiny_config, torch.device("cpu"), 4, False)
+    figures = grounding.measure(tiny_model, split, tokenizer, tiny_config, torch.device("cpu"), zeros(split), 4, False)
     assert figures["probes"]["image_mask_auc_outlines"] is None and "AUC" in grounding.table(figures)
     figures = figures["grounding"]
     assert figures["phrases"] == 3 and figures["chance"] == pytest.approx((2 * 0.66 + 0.16) / 3, abs=0.15)
@@ -272,7 +301,7 @@ def test_without_boxes_only_what_needs_none_is_measured(coco_folder, tiny_model,
     split = data.load_split("coco5k", tiny_config["datasets"], coco_folder)
     split = data.with_phrases(split, tiny_config["datasets"], coco_folder)
     tokenizer = data.build_tokenizer(data.load_split("shapes_val", tiny_config["datasets"], "").texts)
-    report = grounding.measure(tiny_model, split, tokenizer, tiny_config, torch.device("cpu"), 4, False)
+    report = grounding.measure(tiny_model, split, tokenizer, tiny_config, torch.device("cpu"), zeros(split), 4, False)
     printed = grounding.table(report)
     assert report["grounding"]["phrases"] == 0 and "text mask" in printed
     assert not any(said in printed for said in ("pointing", "image mask", "covers", "several"))

@@ -279,6 +279,20 @@ def test_mixed_precision_trains(script, tmp_path, monkeypatch, dtype, micro_batc
     assert not scaler or scaler["scale"] >= 1 and scaler["_growth_tracker"] > 0            # the last step was taken
 
 
+def test_a_run_goes_on_where_precision_and_devices_are_others(script, tmp_path, monkeypatch):
+    """One without a scaler on a card that needs it; one that drew from a GPU on the CPU, with random numbers of its own."""
+    command = "train", "--backbone", "vit_micro", "--out", tmp_path / "run", "--set", *TINY
+    assert script(*command, "train.max_steps=2")[0] is None
+    last = checkpoints.load_last(tmp_path / "run")
+    assert not last["scaler"]
+    torch.save(last | {"random_state": last["random_state"] * 2}, tmp_path / "run" / "last.pt")
+    monkeypatch.setattr(eval_grm, "amp_context", lambda *_: torch.autocast("cpu", torch.float16))
+    with pytest.warns(UserWarning, match="1 processes on the GPU and has 1 processes on the CPU now"):
+        assert script(*command, "train.max_steps=4", "--resume")[0] is None
+    last = checkpoints.load_last(tmp_path / "run")
+    assert last["step"] == 4 and last["scaler"]["scale"] > 1
+
+
 def test_a_gradient_that_stays_nan_is_not_the_scalers(script, tmp_path, monkeypatch):
     monkeypatch.setattr(eval_grm, "amp_context", lambda *_: torch.autocast("cpu", torch.float16))
     real = train_grm.gradients
