@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+import ceiling_of_shapes
 import data
 import shapes
 from data import DataError
@@ -534,3 +535,18 @@ def test_the_pixels_of_an_object_have_its_colour_and_the_ground_is_muted(scenes)
             assert near > .2, (i, o, near)
             ground[max(0, y0 - 1):y1 + 1, max(0, x0 - 1):x1 + 1] = False
         assert (np.ptp(pixels[ground], axis=-1) < 60).all()
+
+
+def test_the_reader_of_scenes_tells_true_captions_from_false_ones():
+    circle, square, other = (shapes.Object(words, (x, .5), .1, (0, 0, 1, 1)) for words, x in (
+        (("small", "red", "circle"), .2), (("large", "blue", "square"), .8), (("small", "red", "square"), .5)))
+    scene = [circle, square, other]
+    for parts, true, false in (
+            (["", ("a", (None, "red", "circle")), "is", "left of", ("a", (None, "blue", "square"))], scene, [square, other]),
+            (["", ("a", (None, "blue", "square")), "", "right of", ("a", (None, "red", None))], [circle, square], [circle, other]),
+            (["", ("a", (None, "red", "circle")), "and", ("two", (None, None, "square"))], scene, [circle, square]),
+            ([("two", (None, None, "square")), ":", ("a", (None, "red", "square")), "and", ("a", (None, "blue", "square")), ", with",
+              ("a", (None, "red", "circle"))], scene, [circle, square, square])):
+        caption, phrases = shapes.compose(true, parts)
+        reads = ceiling_of_shapes.reading(caption, phrases, true)
+        assert reads(true) and not reads(false), caption
