@@ -83,6 +83,13 @@ def place_objects(rng):
     return objects
 
 
+def relations(a, b):
+    """Which of RELATIONS are clearly true of object a to object b; never none, as boxes do not touch."""
+    dx, dy = b.centre[0] - a.centre[0], b.centre[1] - a.centre[1]
+    true = [r for r, d in (("left", dx), ("right", -dx), ("above", dy), ("below", -dy)) if d > .15]
+    return true + ["near"] * (math.hypot(dx, dy) < .4)
+
+
 def compose(objects, parts):
     """parts: strings, and (determiner, (size, colour, shape)) for noun phrases -> (caption, [Phrase])."""
     text, phrases = "", []
@@ -110,11 +117,8 @@ def describe(objects, rng):
 
     def related(keys_a, keys_b, third=0.0):  # "a red circle is left of a blue square"
         a, b, *others = shuffled()
-        dx, dy = b.centre[0] - a.centre[0], b.centre[1] - a.centre[1]
-        true = [r for r, d in (("left", dx), ("right", -dx), ("above", dy), ("below", -dy)) if d > .15]  # never empty
-        true += ["near"] if math.hypot(dx, dy) < .4 else []
         opener, determiner, verb = pick(("", "a", "is"), ("there is", "a", ""), ("a picture of", "a", ""), ("", "some", "is"))
-        parts = [opener, (determiner, say(a, keys_a)), verb, pick(*RELATIONS[pick(*true)]),
+        parts = [opener, (determiner, say(a, keys_a)), verb, pick(*RELATIONS[pick(*relations(a, b))]),
                  ("another" if say(a, keys_a) == say(b, keys_b) else "a", say(b, keys_b))]
         return parts + ([pick(", with", ", and there is"), ("a", say(others[0], PLAIN))] if others and rng.random() < third else [])
 

@@ -8,7 +8,6 @@ object of the scene is left out. Beyond this sum nothing but luck, or a habit of
 """
 import argparse
 import itertools
-import math
 import re
 import sys
 from pathlib import Path
@@ -33,12 +32,6 @@ def parse(phrase: str) -> tuple[int, tuple]:
                                  for options in (shapes.SIZES, shapes.COLOURS, shapes.OUTLINES))
 
 
-def holds(relation: str, a, b) -> bool:
-    """As `shapes.describe` draws it: clearly so, or nearby."""
-    dx, dy = b.centre[0] - a.centre[0], b.centre[1] - a.centre[1]
-    return math.hypot(dx, dy) < .4 if relation == "near" else {"left": dx, "right": -dx, "above": dy, "below": -dy}[relation] > .15
-
-
 def reading(caption: str, phrases, objects):
     """A function that tells whether the caption is true of a scene's objects. `objects`, those it was written for, tell a list
     from a count."""
@@ -47,7 +40,7 @@ def reading(caption: str, phrases, objects):
     relation = next((name for text, name in RELATION.items() if re.fullmatch(rf"( is)? {text} ", between)), None)
     if relation:
         said = [words for _, words in groups]
-        return lambda scene: any(holds(relation, *some[:2]) and all(o.fits(words) for o, words in zip(some, said))
+        return lambda scene: any(relation in shapes.relations(*some[:2]) and all(o.fits(words) for o, words in zip(some, said))
                                  for some in itertools.permutations(scene, len(said)))
     count, *named = groups if sum(n for n, _ in groups) != len(objects) else (None, *groups)
     said = [words for n, words in named for _ in range(n)]
