@@ -260,7 +260,7 @@ class Run:
         if len(states[0]) == ranks.count() and len(states) == len(random_state()):
             set_random_state([state[ranks.rank()] for state in states])
         else:
-            was, now = (f"{n} processes on the {'GPU' if gpus else 'CPU'}" for n, gpus in (
+            was, now = (f"{n} {'process' if n == 1 else 'processes'} on the {'GPU' if gpus else 'CPU'}" for n, gpus in (
                 (len(states[0]), len(states) > 1), (ranks.count(), torch.cuda.is_available())))
             warnings.warn(f"the run had {was} and has {now} now: it goes on from step {self.step} with other random numbers")
             torch.manual_seed(self.config["train"]["seed"] + self.step + ranks.rank())

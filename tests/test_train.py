@@ -287,7 +287,7 @@ def test_a_run_goes_on_where_precision_and_devices_are_others(script, tmp_path, 
     assert not last["scaler"]
     torch.save(last | {"random_state": last["random_state"] * 2}, tmp_path / "run" / "last.pt")
     monkeypatch.setattr(eval_grm, "amp_context", lambda *_: torch.autocast("cpu", torch.float16))
-    with pytest.warns(UserWarning, match="1 processes on the GPU and has 1 processes on the CPU now"):
+    with pytest.warns(UserWarning, match="1 process on the GPU and has 1 process on the CPU now"):
         assert script(*command, "train.max_steps=4", "--resume")[0] is None
     last = checkpoints.load_last(tmp_path / "run")
     assert last["step"] == 4 and last["scaler"]["scale"] > 1
