@@ -201,7 +201,7 @@ def bench_loss(report: Report, device):
         mask = model.image_adapter(tokens)
         means, attention = model.region_prompts(tokens, mask)
         regions, log_var = model.sampler(means, attention)
-        captions = modules.TextFeatures(text, valid, model.text_adapter(text, valid))
+        captions = modules.TextFeatures(text, valid, torch.rand(valid.shape, device=device) * valid)
     image = modules.ImageFeatures(tokens, mask, F.normalize(regions, dim=-1), means, attention, log_var)
     leaves = [x.requires_grad_() for x in (*image, *captions) if x.is_floating_point()]
 

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from modules import (GRM, GaussianSampler, ImageFeatures, ModelError, RegionPrompts, SignificanceAdapter, TextFeatures,
-                     budget_shift, build_grm, build_image_encoder, consistency_loss, contrastive_loss, diagnostics, entropy_loss,
-                     kl_loss, token_similarity, without_special_tokens)
+                     budget_shift, build_grm, build_image_encoder, build_text_encoder, consistency_loss, contrastive_loss,
+                     diagnostics, entropy_loss, kl_loss, token_similarity, without_special_tokens)
 
 torch.manual_seed(0)
 
@@ -252,6 +252,30 @@ def test_each_modality_has_its_own_budget(tiny_config):
     torch.testing.assert_close(text.mask.sum(1) / text.valid.sum(1), torch.full((4,), 0.7), rtol=0, atol=1e-4)
 
 
+def test_the_text_mask_judges_words_before_they_read_each_other(tiny_model):
+    ids = torch.tensor([[2, 7, 8, 9, 3], [2, 9, 7, 8, 3]])                       # the same three words in another order
+    text = tiny_model.eval().encode_text(ids, ids > 0)
+    torch.testing.assert_close(text.mask[0, 1:4], text.mask[1, [2, 3, 1]], rtol=0, atol=1e-6)
+    assert (text.tokens[0, 1:4] - text.tokens[1, [2, 3, 1]]).abs().max() > 1e-2  # which the tokens do
+    assert text.mask[0, 1:4].std() > 1e-3
+    # The budget shifts a caption's logits alike, so it leaves their differences: those of the adapter's formula over LayerNorm's
+    embedded = tiny_model.text_encoder.get_input_embeddings().weight.detach().double()[[7, 8, 9]]
+    read = (embedded - embedded.mean(1, keepdim=True)) / (embedded.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    adapter = tiny_model.text_adapter.double()
+    logits = adapter.logits(F.gelu(adapter.hidden(read)))
+    score = (logits[:, 0] - logits[:, 1]).detach()
+    torch.testing.assert_close(text.mask[0, 1:4].logit().diff().double(), score.diff(), rtol=0, atol=1e-4)
+
+
+def test_the_text_adapter_is_as_wide_as_the_words_embeddings(tiny_config):
+    """Encoders such as ALBERT and ELECTRA embed words in fewer dimensions than they work in."""
+    tiny_config["text"]["options"] = {"model_type": "electra", "embedding_size": 16, "hidden_size": 32, "num_hidden_layers": 1,
+                                      "num_attention_heads": 2, "intermediate_size": 32}
+    model = build_grm(tiny_config, vocab_size=120, pad_id=0)
+    assert model.text_adapter.hidden.in_features == 16
+    assert model.encode_text(*batch(model)[1:]).mask.shape == (4, 9)
+
+
 def test_a_mask_acts_as_weights_not_as_a_scale(tiny_model):
     """Traps 1 and 2: the mask is not cancelled by the cosine, and halving all of it changes nothing, so nothing pushes it
     towards one."""
@@ -318,8 +342,8 @@ def test_diagnostics_tell_collapsed_regions_from_distinct_ones():
     ("swin_base_patch4_window12_384", 384, 144), ("vit_tiny_patch16_224", 112, 49), ("resnet18", 96, 9)])
 def test_every_encoders_grid_becomes_tokens_without_class_token(name, size, tokens):
     encoder = build_image_encoder({"name": name, "weights": None, "size": size, "options": {}}, pretrained=False)
-    text = torch.nn.Module()
-    text.config = type("config", (), {"hidden_size": 8})
+    text = build_text_encoder({"name": None, "options": {"hidden_size": 8, "num_attention_heads": 1, "num_hidden_layers": 1}},
+                              pretrained=False, vocab_size=9, pad_id=0)
     model = GRM(encoder, text, dim=16, num_prompts=3).eval()
     with torch.no_grad():
         image = model.encode_image(torch.randn(1, 3, size, size))
