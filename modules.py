@@ -302,8 +302,8 @@ class GRM(nn.Module):
         """ids (B, M) token ids, valid (B, M) bool, False on padding. Only words and marks of the caption are aligned."""
         projected = self.text_proj(self._hidden_states(ids, valid))
         words = without_special_tokens(valid)
-        # The mask judges words before they read each other. Words and marks of grammar take up what is said around them, and a mask
-        # that reads T keeps some (commas at 0.3 to 0.5): AUC text 0.875 instead of 0.924 (1,200 steps, three seeds; RESULTS.md)
+        # The mask judges words before they read each other: in context, words and marks of grammar take up what is said around them.
+        # AUC text 0.924 instead of 0.875 after 1,200 steps, but no gain after 400 (three seeds, within chance; RESULTS.md)
         embedded = self.text_encoder.get_input_embeddings()(ids)
         mask = self.text_adapter(F.layer_norm(embedded, embedded.shape[-1:]), words)
         return TextFeatures(F.normalize(projected.float(), dim=-1), words, mask)
