@@ -18,8 +18,8 @@ step            one training step, and its parts by themselves. "not encoders" i
                 number of workers.
 evaluation      seconds when images and captions double: encoding (images decoded included) is twice the work, similarity and
                 ranks four times. The memory holds the result, four levels of 4 bytes a pair.
-cuda            where there is a card: similarity under autocast, ViT-B-224 and Swin-B-224 at batch 128 with AMP, and what
-                gradient caching (train.micro_batch) saves.
+cuda            where there is a card: similarity under autocast, the loss and steps there, ViT-B-224 and Swin-B-224 at batch
+                128 with AMP, and what gradient caching (train.micro_batch) saves.
 """
 import argparse
 import ctypes
@@ -259,9 +259,10 @@ def batch_of(size: int, pixels: int, device) -> dict:
             "image_ids": torch.arange(size, device=device)}
 
 
-def bench_step(report: Report, backbone: str, size: int, settings, split, repetitions: int):
+def bench_step(report: Report, backbone: str, size: int, settings, split, repetitions: int, device=torch.device("cpu")):
     model, config = model_of(backbone, settings)
-    device, pixels = torch.device("cpu"), config["image"]["size"]
+    model.to(device)
+    pixels, amp = config["image"]["size"], eval_grm.amp_context(config, device)
     batch = batch_of(size, pixels, device)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
     transform = data.image_transform(pixels, (0.5,) * 3, (0.5,) * 3, train=True, crop=config["augment"]["crop"])
@@ -270,15 +271,19 @@ def bench_step(report: Report, backbone: str, size: int, settings, split, repeti
         return torch.stack([transform(split.load_image(i % len(split), pixels)) for i in range(size)])
 
     def image_encoder():
-        model.image_encoder.forward_features(batch["images"]).sum().backward()
+        with amp:
+            grid = model.image_encoder.forward_features(batch["images"])
+        grid.sum().backward()
 
     def text_encoder():
-        model._hidden_states(batch["ids"], batch["valid"]).sum().backward()
+        with amp:
+            hidden = model._hidden_states(batch["ids"], batch["valid"])
+        hidden.sum().backward()
 
     def gradient():
-        model.loss(*model(batch["images"], batch["ids"], batch["valid"]), batch["image_ids"], config["loss"])[0].backward()
+        train_grm.gradients(model, batch, config["loss"], None, amp)
 
-    with torch.no_grad():
+    with torch.no_grad(), amp:
         grid = model.image_encoder.forward_features(batch["images"])
         hidden = model._hidden_states(batch["ids"], batch["valid"])
     grid.requires_grad_(), hidden.requires_grad_()
@@ -298,7 +303,7 @@ def bench_step(report: Report, backbone: str, size: int, settings, split, repeti
                           "optimiser": optimise, "clear again": optimizer.zero_grad}, device, repetitions)
     step = [g + o for g, o in zip(seconds["gradient"], seconds["optimiser"])]
     others = [h + o for h, o in zip(seconds["heads, similarity, loss"], seconds["optimiser"])]
-    report.section("step", f"{backbone}, {pixels} px, batch {size}, forward and backward")
+    report.section("step", f"{backbone}, {pixels} px, batch {size}, forward and backward" + ", AMP" * amp._enabled)
     for name in ("image encoder", "text encoder", "heads, similarity, loss", "optimiser"):
         report.row(name, 1000 * statistics.median(seconds[name]), "ms", None,
                    f"{100 * ratio(seconds[name], step):.0f}% of the step")
@@ -342,7 +347,7 @@ def bench_evaluation(report: Report, scenes, sizes, device):
 
 # ----------------------------------------------------------------------------------------------------------------- CUDA
 
-def bench_cuda(report: Report):
+def bench_cuda(report: Report, split):
     device = torch.device("cuda")
     for shape in ((256, 196, 1024, 512), (256, 576, 1024, 512)):
         bench_similarity(report, device, *shape, peers=False)
@@ -350,7 +355,10 @@ def bench_cuda(report: Report):
         with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
             taken = take_turns({"autocast": lambda: token_similarity(image, text, valid)}, device, 3)["autocast"]
         report.row("GRM forward, bfloat16 products", shape[0] * shape[2] / statistics.median(taken), "pairs/s")
+    bench_loss(report, device)
+    bench_step(report, "vit_tiny", 64, MINILM, split, 5, device)
     for backbone in ("vit_b_224", "swin_b_224"):
+        bench_step(report, backbone, 128, BERT, split, 5, device)
         report.section("cuda", f"{backbone} with BERT-base, batch 128, AMP: forward and backward")
         model, config = model_of(backbone, BERT)
         model.to(device)
@@ -377,10 +385,10 @@ def bench_all(report: Report, datasets: dict):
         split = photographs(Path(folder))
         bench_loading(report, split)
         bench_step(report, "vit_tiny", 64, MINILM, split, repetitions=3)
+        if torch.cuda.is_available():
+            bench_cuda(report, split)
     bench_step(report, "vit_micro", 128, [], scenes, repetitions=3)
     bench_evaluation(report, scenes, (64, 128, 256), cpu)
-    if torch.cuda.is_available():
-        bench_cuda(report)
 
 
 def main():

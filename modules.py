@@ -73,7 +73,8 @@ class SignificanceAdapter(nn.Module):
 def budget_shift(score: Tensor, valid: Tensor, keep: float) -> Tensor:
     """The b (B, 1) for which sigmoid(score - b) has the mean `keep` over each row's valid entries. score, valid: (B, L).
 
-    Halving the interval finds b; a Newton step from there makes it exact and gives the gradient of the implicit function,
+    Cutting the interval into eight finds the part of it that holds b, seven times: less than half of the operations that halving
+    takes, which is what counts on a GPU. A Newton step from there makes it exact and gives the gradient of the implicit function,
     db/dscore_l = sigmoid'_l / sum sigmoid'.
     """
     count = valid.sum(1, keepdim=True).clamp_min(1)
@@ -83,11 +84,13 @@ def budget_shift(score: Tensor, valid: Tensor, keep: float) -> Tensor:
 
     with torch.no_grad():
         low = score.masked_fill(~valid, math.inf).amin(1, keepdim=True).nan_to_num(posinf=0) - 20
-        high = score.masked_fill(~valid, -math.inf).amax(1, keepdim=True).nan_to_num(neginf=0) + 20
-        for _ in range(20):
-            middle = (low + high) / 2
-            above = mean((score - middle).sigmoid()) > keep
-            low, high = torch.where(above, middle, low), torch.where(above, high, middle)
+        width = score.masked_fill(~valid, -math.inf).amax(1, keepdim=True).nan_to_num(neginf=0) + 20 - low
+        cuts = torch.arange(1, 8, device=score.device)                                           # 7 between 8 parts
+        for _ in range(7):
+            width = width / 8
+            kept = ((score[..., None] - (low + width * cuts)[:, None]).sigmoid() * valid[..., None]).sum(1)   # (B, 7)
+            low = low + width * (kept > keep * count).sum(1, keepdim=True)
+        middle = low + width / 2
         kept = (score - middle).sigmoid()
         slope = mean(kept * (1 - kept)).clamp_min(1e-6)
     return middle + (mean((score - middle).sigmoid()) - keep) / slope

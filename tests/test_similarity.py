@@ -38,12 +38,26 @@ def both(v, t, valid, a, w):
     return token_similarities(v, t, valid, [None, a], [None, w])
 
 
-@pytest.fixture(params=[(64, 2 ** 22, 16), (1, 1, 16), (2, 60, 0), (4, 300, 0), (64, 2 ** 22, 0)], ids=str)
+WAYS = {"sparse": 0, "dense": 16, "padded": None}             # the three ways of the backward pass
+
+
+def choose(way, monkeypatch):
+    monkeypatch.setattr(similarity, "PADDED", {"cpu"} if way == "padded" else set())
+    monkeypatch.setattr(similarity, "DENSE", WAYS[way] or 0)
+
+
+@pytest.fixture(params=WAYS)
+def way(request, monkeypatch):
+    choose(request.param, monkeypatch)
+
+
+@pytest.fixture(params=[(64, 2 ** 22, "dense"), (1, 1, "dense"), (2, 60, "sparse"), (4, 300, "sparse"), (64, 2 ** 22, "sparse"),
+                        (64, 2 ** 22, "padded"), (64, 1, "padded"), (64, 2000, "padded")], ids=str)
 def tiling(request, monkeypatch):
-    """Captions a block, products a tile, and the number of image tokens up to which the backward pass is dense."""
+    """Captions a block, products a tile, and the way of the backward pass."""
     monkeypatch.setitem(similarity.BLOCK, "cpu", request.param[0])
     monkeypatch.setitem(similarity.TILE, "cpu", request.param[1])
-    monkeypatch.setattr(similarity, "DENSE", request.param[2])
+    choose(request.param[2], monkeypatch)
 
 
 @pytest.mark.parametrize("shape", [{}, dict(L=1, M=3), dict(I=1, T=3, L=3, M=1), dict(I=2, L=130, T=5, M=40, d=2)], ids=str)
@@ -58,12 +72,12 @@ def test_value_and_gradient_equal_the_literal_formula(shape, tiling):
         torch.testing.assert_close(x, y)
 
 
-def test_gradcheck():
+def test_gradcheck(way):
     v, t, a, w, valid = sample(I=3, L=4, T=4, M=3, d=3)
     assert torch.autograd.gradcheck(lambda *x: token_similarity(x[0], x[1], valid, x[2], x[3]), (v, t, a, w))
 
 
-def test_one_weighting_is_a_row_of_several():
+def test_one_weighting_is_a_row_of_several(way):
     v, t, a, w, valid = sample()
     torch.testing.assert_close(token_similarity(v, t, valid), both(v, t, valid, a, w)[0])
     torch.testing.assert_close(token_similarity(v, t, valid, a, w), both(v, t, valid, a, w)[1])
@@ -77,7 +91,7 @@ def test_without_gradient_the_value_is_the_same():
     assert torch.equal(value, both(v, t, valid, a, w).detach())
 
 
-def test_padding_is_never_read():
+def test_padding_is_never_read(way):
     v, t, a, w, valid = sample()
     bad_t = torch.cat([t.detach().masked_fill(~valid[..., None], float("nan")), t.new_full((9, 3, 5), float("inf"))], 1)
     bad_t.requires_grad_()
@@ -95,10 +109,8 @@ def test_order_of_images_captions_and_tokens_does_not_matter():
     torch.testing.assert_close(moved, both(v, t, valid, a, w)[:, i][:, :, j])
 
 
-@pytest.mark.parametrize("dense", [0, 16])
 @pytest.mark.parametrize("every", [True, False])
-def test_captions_without_a_token_have_similarity_and_gradient_zero(every, dense, monkeypatch):
-    monkeypatch.setattr(similarity, "DENSE", dense)
+def test_captions_without_a_token_have_similarity_and_gradient_zero(every, way):
     v, t, a, w, valid = sample()
     if every:
         valid = torch.zeros_like(valid)
@@ -108,7 +120,7 @@ def test_captions_without_a_token_have_similarity_and_gradient_zero(every, dense
     assert (s[:, :, empty] == 0).all() and all((x == 0).all() for x in gradients)
 
 
-def test_weights_that_are_all_zero_do_not_give_nan():
+def test_weights_that_are_all_zero_do_not_give_nan(way):
     v, t, a, w, valid = sample()
     zero_a, zero_w = torch.zeros_like(a, requires_grad=True), torch.zeros_like(w, requires_grad=True)
     s = token_similarity(v, t, valid, zero_a, zero_w)
@@ -116,7 +128,7 @@ def test_weights_that_are_all_zero_do_not_give_nan():
     assert all(x.isfinite().all() for x in torch.autograd.grad(s.sum(), (v, t, zero_a, zero_w)))
 
 
-def test_tied_maxima_share_one_unit_of_gradient():
+def test_tied_maxima_share_one_unit_of_gradient(way):
     v, t = torch.ones(1, 3, 2, requires_grad=True), torch.ones(1, 4, 2, requires_grad=True)
     token_similarity(v, t, torch.ones(1, 4, dtype=torch.bool)).sum().backward()
     torch.testing.assert_close(v.grad.sum(), torch.tensor(4.0))  # two means of a product, each of weight 1, d = 2
@@ -130,9 +142,7 @@ def test_float32_is_close_to_float64():
     torch.testing.assert_close(single.double(), both(v, t, valid, a, w), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("dense", [0, 16])
-def test_autocast_lowers_only_the_products(dense, monkeypatch):
-    monkeypatch.setattr(similarity, "DENSE", dense)
+def test_autocast_lowers_only_the_products(way):
     v, t, a, w, valid = (x.detach().float().requires_grad_() if x.is_floating_point() else x for x in sample(d=32))
     unit = torch.nn.functional.normalize
     exact = both(unit(v, dim=-1), unit(t, dim=-1), valid, a, w)
