@@ -88,8 +88,8 @@ def budget_shift(score: Tensor, valid: Tensor, keep: float) -> Tensor:
         cuts = torch.arange(1, 8, device=score.device)                                           # 7 between 8 parts
         for _ in range(7):
             width = width / 8
-            kept = ((score[..., None] - (low + width * cuts)[:, None]).sigmoid() * valid[..., None]).sum(1)   # (B, 7)
-            low = low + width * (kept > keep * count).sum(1, keepdim=True)
+            sums = (score[:, None] - (low + width * cuts)[..., None]).sigmoid_().mul_(valid[:, None]).sum(2)         # (B, 7)
+            low = low + width * (sums > keep * count).sum(1, keepdim=True)
         middle = low + width / 2
         kept = (score - middle).sigmoid()
         slope = mean(kept * (1 - kept)).clamp_min(1e-6)

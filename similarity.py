@@ -1,4 +1,5 @@
-"""The token similarity of every image with every caption: exact, without padding, in tiles, with a sparse backward pass."""
+"""The token similarity of every image with every caption: exact, in tiles. Evaluation and a CPU's training do without padding, and
+training with a sparse backward pass; a GPU's training, bound by the launching of operations, does with few of them."""
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
@@ -6,8 +7,8 @@ from torch.autograd.function import once_differentiable
 # Captions per matrix product, and products held at once, by device. Measured: large enough to hide the cost of launching
 # an operation, small enough that on a CPU the maxima read the products from the last-level cache.
 BLOCK, TILE = {"cpu": 64, "cuda": 1024}, {"cpu": 2 ** 22, "cuda": 2 ** 26}
-# Where launching an operation costs more than the products do, training, whose batches are small, works on captions padded to one
-# length: twice the products, but a quarter of the operations (a forward pass's share of vit_micro's step on an H100: 4 ms, not 34).
+# Where launching an operation costs more than its work, training pads captions to one length: twice the products, a quarter
+# of the operations. On an H100 forward and backward were 1.25 times as fast so even with 1,024 captions (RESULTS.md).
 PADDED = {"cuda"}
 # Up to so many image tokens (a ViT's K regions) the maxima fill a fifth of the products: dense backward products are faster.
 DENSE = 16
@@ -25,16 +26,16 @@ def token_similarities(image_tokens, text_tokens, text_valid, image_weights, tex
 
     image_tokens (I,L,d), text_tokens (T,M,d), text_valid (T,M) bool, any pattern; image_weights a and text_weights w:
     W entries each, (I,L) and (T,M), non-negative, None for ones. Returns (W,I,T), in float32 also under autocast,
-    where only the products are in low precision. Every m is a valid token; a caption without any has similarity 0.
+    where only the products are in low precision, and tokens have to be unit vectors. Every m is a valid token; a caption
+    without any has similarity 0.
 
     The weightings share the products and the maxima, that is nearly all of the work. Value and gradient are exact
-    (of tied maxima the last takes the gradient) and do not depend on BLOCK and TILE. Memory beside the result:
-    TILE products, and for the backward pass two numbers per (i,l,t) and (i,t,m), never (I,T,L,M).
+    (of tied maxima one takes the gradient) and do not depend on BLOCK and TILE. Memory beside the result:
+    TILE products (padded: those of one image if these are more), and for the backward pass as many again and two numbers
+    per (i,l,t) and (i,t,m), never (I,T,L,M).
     """
     device = image_tokens.device.type
-    if torch.is_autocast_enabled(device):
-        low = torch.get_autocast_dtype(device)
-        image_tokens, text_tokens = image_tokens.to(low), text_tokens.to(low)
+    low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else image_tokens.dtype
     dtype = torch.promote_types(image_tokens.dtype, torch.float32)
 
     def normalise(weights, valid):
@@ -44,11 +45,11 @@ def token_similarities(image_tokens, text_tokens, text_valid, image_weights, tex
     with torch.autocast(device, enabled=False):
         image_weights = normalise(image_weights, torch.ones_like(image_tokens[..., 0], dtype=torch.bool))
         text_weights = normalise(text_weights, text_valid)
-        inputs = image_tokens, text_tokens, image_weights, text_weights
-        keep = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-        if keep and device in PADDED:
-            return _PaddedSimilarities.apply(*inputs, text_valid)
-        return _TokenSimilarities.apply(*inputs, text_valid, keep)
+        weights = image_weights, text_weights
+        keep = torch.is_grad_enabled() and any(x.requires_grad for x in (image_tokens, text_tokens, *weights))
+        if keep and device in PADDED and text_valid.numel():
+            return _PaddedSimilarities.apply(image_tokens, text_tokens, *weights, text_valid, low)
+        return _TokenSimilarities.apply(image_tokens.to(low), text_tokens.to(low), *weights, text_valid, keep)
 
 
 class _TokenSimilarities(torch.autograd.Function):
@@ -148,22 +149,26 @@ class _TokenSimilarities(torch.autograd.Function):
 
 class _PaddedSimilarities(torch.autograd.Function):
     """The same on captions padded to one length, in few operations: column m * T + t is token m of caption t, and the gradient
-    with respect to the products is written out and multiplied densely, in the precision of the products."""
+    with respect to the products is written out and multiplied densely, in the autocast's precision `low`. The products of unit
+    vectors are taken in float16 where that is one of 16 bits: bf16 has eight times its rounding error, which moves maxima (error of
+    a trained model's gradient in bf16: 27% for image tokens and 16% for words, so 15% and 7%)."""
 
     @staticmethod
-    def forward(ctx, image_tokens, text_tokens, image_weights, text_weights, valid):
-        (I, L, d), (T, M, _), new = image_tokens.shape, text_tokens.shape, image_tokens.new_empty
-        text = text_tokens.masked_fill(~valid[..., None], 0).transpose(0, 1).reshape(M * T, d)
-        padding, empty = ~valid.T, ~valid.any(1)
-        best_region, arg_region = new(I, M, T), new(I, M, T, dtype=torch.int32)
-        best_word, arg_word = new(I, L, T), new(I, L, T, dtype=torch.int32)
-        for tile_of in _tiles(image_tokens, M * T):
-            S = (image_tokens[tile_of].flatten(0, 1) @ text.T).view(-1, L, M, T)
+    def forward(ctx, image_tokens, text_tokens, image_weights, text_weights, valid, low):
+        (I, L, d), (T, M, _) = image_tokens.shape, text_tokens.shape
+        ctx.low, precision = low, torch.float16 if low.itemsize == 2 else low
+        image, new = image_tokens.to(precision), image_weights.new_empty
+        text = text_tokens.to(precision).masked_fill(~valid[..., None], 0).transpose(0, 1).reshape(M * T, d)
+        padding = ~valid.T
+        best_region, arg_region = new(I, M, T, dtype=precision), new(I, M, T, dtype=torch.int32)
+        best_word, arg_word = new(I, L, T, dtype=precision), new(I, L, T, dtype=torch.int32)
+        for tile_of in _tiles(image, M * T):
+            S = (image[tile_of].flatten(0, 1) @ text.T).view(-1, L, M, T)
             best_region[tile_of], arg_region[tile_of] = S.max(1)
             best_word[tile_of], arg_word[tile_of] = S.masked_fill_(padding, -torch.inf).max(2)
-        best_word.masked_fill_(empty, 0)
-        ctx.save_for_backward(image_tokens, text, image_weights, text_weights, valid, empty,
-                              best_region, arg_region, best_word, arg_word)
+            del S                                              # before the next is there
+        best_word.masked_fill_(~valid.any(1), 0)
+        ctx.save_for_backward(image, text, image_weights, text_weights, valid, best_region, arg_region, best_word, arg_word)
         dtype = image_weights.dtype
         return (torch.einsum("wil,ilt->wit", image_weights, best_word.to(dtype))
                 + torch.einsum("wtm,imt->wit", text_weights, best_region.to(dtype)))
@@ -176,15 +181,15 @@ class _PaddedSimilarities(torch.autograd.Function):
 
     @staticmethod
     def gradients(ctx, grad):
-        (image_tokens, text, image_weights, text_weights, valid, empty,
+        (image, text, image_weights, text_weights, valid,
          best_region, arg_region, best_word, arg_word) = (x.detach() for x in ctx.saved_tensors)
-        (I, L, d), (T, M) = image_tokens.shape, valid.shape
-        grad = grad.masked_fill(empty, 0)
+        (I, L, d), (T, M) = image.shape, valid.shape
+        image, text = image.to(ctx.low), text.to(ctx.low)
         d_image_weights = torch.einsum("wit,ilt->wil", grad, best_word.to(grad))
         d_text_weights = torch.einsum("wit,imt->wtm", grad, best_region.to(grad))
-        d_image, d_text = torch.empty_like(image_tokens), torch.zeros_like(text, dtype=grad.dtype)
-        for tile_of in _tiles(image_tokens, M * T):
-            v, g = image_tokens[tile_of].flatten(0, 1), grad[:, tile_of]
+        d_image, d_text = torch.empty_like(image, dtype=grad.dtype), torch.zeros_like(text, dtype=grad.dtype)
+        for tile_of in _tiles(image, M * T):
+            v, g = image[tile_of].flatten(0, 1), grad[:, tile_of]
             word_value = torch.einsum("wil,wit->ilt", image_weights[:, tile_of], g)[:, :, None].to(v)
             region_value = torch.einsum("wtm,wit->imt", text_weights, g)[:, None].to(v)
             word, region = arg_word[tile_of, :, None].long(), arg_region[tile_of, None].long()
@@ -193,8 +198,9 @@ class _PaddedSimilarities(torch.autograd.Function):
             d_S = d_S.view(len(v), M * T)
             d_image[tile_of] = (d_S @ text).view(-1, L, d)
             d_text += d_S.T @ v
-        d_text = d_text.to(text).view(M, T, d).transpose(0, 1).masked_fill(~valid[..., None], 0)
-        return d_image, d_text, d_image_weights, d_text_weights, None
+            del d_S
+        d_text = d_text.view(M, T, d).transpose(0, 1).masked_fill(~valid[..., None], 0)
+        return d_image, d_text, d_image_weights, d_text_weights, None, None
 
 
 def _tiles(image_tokens, columns):

@@ -38,12 +38,12 @@ def both(v, t, valid, a, w):
     return token_similarities(v, t, valid, [None, a], [None, w])
 
 
-WAYS = {"sparse": 0, "dense": 16, "padded": None}             # the three ways of the backward pass
+WAYS = {"sparse": 0, "dense": 16, "padded": 0}                # the three ways of the backward pass, and DENSE
 
 
 def choose(way, monkeypatch):
     monkeypatch.setattr(similarity, "PADDED", {"cpu"} if way == "padded" else set())
-    monkeypatch.setattr(similarity, "DENSE", WAYS[way] or 0)
+    monkeypatch.setattr(similarity, "DENSE", WAYS[way])
 
 
 @pytest.fixture(params=WAYS)
@@ -182,3 +182,7 @@ def test_never_holds_the_four_dimensional_tensor(monkeypatch):
     with torch.no_grad(), Largest() as largest:
         both(v, t, valid, a, w)
     assert largest.nbytes <= max(4 * 2 ** 15, 8 * I * 8 * M)  # one tile, or the weighted maxima of one block
+    choose("padded", monkeypatch)
+    with Largest() as largest:
+        both(v, t, valid, a, w).sum().backward()
+    assert largest.nbytes <= max(4 * L * T * M, 8 * I * max(L * T, T * M))  # the products of one image, or as above
