@@ -48,7 +48,7 @@ def distance(got, expected) -> float:
 
 
 def similarity_equals_the_formula():
-    """Value and gradients against the literal formula in float64 on the CPU; bf16: against float32 on the GPU, as ties and
+    """Value and gradients against the literal formula in float64 on the CPU; under autocast against float32 on the GPU, where
     near ties between tokens may fall otherwise."""
     leaves = sample(I=6, L=33, T=21, M=17, d=64)
     expected = torch.stack([literal(*leaves[:2], leaves[4]), literal(*leaves[:2], leaves[4], *leaves[2:4])])
@@ -69,7 +69,7 @@ def similarity_equals_the_formula():
     exact = token_similarities(v, t, valid, [None], [None])
     with torch.autocast("cuda", torch.bfloat16):
         low = token_similarities(v, t, valid, [None], [None])
-    check("similarity with bf16 products, to float32", distance([low], [exact]), 5e-3)
+    check("similarity under bf16 autocast, to float32", distance([low], [exact]), 2e-4)
     low, exact = (torch.autograd.grad(s.diagonal(dim1=1, dim2=2).sum(), (v, t)) for s in (low, exact))
     check("    its gradients", distance(low, exact), 0.3)
 
