@@ -163,7 +163,8 @@ class GaussianSampler(nn.Module):
         if not (self.training and self.sample):
             return means, log_var
         shrink = attention.float().square().sum(1).sqrt()[..., None]                             # (B, K, 1)
-        return means + torch.randn_like(means) * (0.5 * log_var).exp() * shrink, log_var
+        # noise like log_var, which is float32 also under autocast: drawn in 16 bits it would be coarse, and other noise
+        return means + torch.randn_like(log_var) * (0.5 * log_var).exp() * shrink, log_var
 
 
 # ----------------------------------------------------------------------------------------------------------- the losses
@@ -306,7 +307,7 @@ class GRM(nn.Module):
         projected = self.text_proj(self._hidden_states(ids, valid))
         words = without_special_tokens(valid)
         # The mask judges words before they read each other: in context, words and marks of grammar take up what is said around them.
-        # AUC text 0.924 instead of 0.875 after 1,200 steps, but no gain after 400 (three seeds, within chance; RESULTS.md)
+        # AUC text 0.897 (six runs) instead of 0.875 (three) after 1,200 steps, within chance, no gain after 400 (RESULTS.md)
         embedded = self.text_encoder.get_input_embeddings()(ids)
         mask = self.text_adapter(F.layer_norm(embedded, embedded.shape[-1:]), words)
         return TextFeatures(F.normalize(projected.float(), dim=-1), words, mask)

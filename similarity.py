@@ -26,7 +26,7 @@ def token_similarities(image_tokens, text_tokens, text_valid, image_weights, tex
 
     image_tokens (I,L,d), text_tokens (T,M,d), text_valid (T,M) bool, any pattern; image_weights a and text_weights w:
     W entries each, (I,L) and (T,M), non-negative, None for ones. Returns (W,I,T), in float32 also under autocast,
-    where only the products are in low precision, and tokens have to be unit vectors. Every m is a valid token; a caption
+    where only the products are in low precision and tokens have to be unit vectors. Every m is a valid token; a caption
     without any has similarity 0.
 
     The weightings share the products and the maxima, that is nearly all of the work. Value and gradient are exact
@@ -108,15 +108,13 @@ class _TokenSimilarities(torch.autograd.Function):
     def gradients(ctx, grad):
         (image_tokens, text_tokens, image_weights, text_weights, order, tokens, owner,
          best_region, arg_region, best_word, arg_word) = (x.detach() for x in ctx.saved_tensors)
-        (I, L, d), N, T = image_tokens.shape, len(tokens), len(order)
+        (_, L, d), N, T = image_tokens.shape, len(tokens), len(order)
         d_image = torch.empty_like(image_tokens) if T else torch.zeros_like(image_tokens)
         d_text = torch.zeros_like(text_tokens)
         d_image_weights, d_text_weights = torch.zeros_like(image_weights), torch.zeros_like(text_weights)
         text, weight = text_tokens.flatten(0, 1)[tokens].to(grad), text_weights.flatten(1)[:, None, tokens]
         d_columns, d_weight = grad.new_zeros(N, d), grad.new_zeros(len(grad), N)
-        step = max(1, TILE.get(grad.device.type, 2 ** 22) // max(1, L * N))
-        for i in range(0, I if T else 0, step):
-            tile_of = slice(i, i + step)
+        for tile_of in _tiles(image_tokens, N) if T else ():
             v = image_tokens[tile_of].flatten(0, 1).to(grad)  # (i*L,d): row r is token r % L of image r // L
             g = grad[:, tile_of, order]  # (W,i,T)
             g_token = g[..., owner]  # (W,i,N)
@@ -150,8 +148,7 @@ class _TokenSimilarities(torch.autograd.Function):
 class _PaddedSimilarities(torch.autograd.Function):
     """The same on captions padded to one length, in few operations: column m * T + t is token m of caption t, and the gradient
     with respect to the products is written out and multiplied densely, in the autocast's precision `low`. The products of unit
-    vectors are taken in float16 where that is one of 16 bits: bf16 has eight times its rounding error, which moves maxima (error of
-    a trained model's gradient in bf16: 27% for image tokens and 16% for words, so 15% and 7%)."""
+    vectors are taken in float16 where `low` has 16 bits: bf16 has eight times its rounding error, which moves maxima (RESULTS.md)."""
 
     @staticmethod
     def forward(ctx, image_tokens, text_tokens, image_weights, text_weights, valid, low):
@@ -183,7 +180,7 @@ class _PaddedSimilarities(torch.autograd.Function):
     def gradients(ctx, grad):
         (image, text, image_weights, text_weights, valid,
          best_region, arg_region, best_word, arg_word) = (x.detach() for x in ctx.saved_tensors)
-        (I, L, d), (T, M) = image.shape, valid.shape
+        (_, L, d), (T, M) = image.shape, valid.shape
         image, text = image.to(ctx.low), text.to(ctx.low)
         d_image_weights = torch.einsum("wit,ilt->wil", grad, best_word.to(grad))
         d_text_weights = torch.einsum("wit,imt->wtm", grad, best_region.to(grad))

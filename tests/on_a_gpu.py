@@ -28,7 +28,7 @@ import modules  # noqa: E402
 import train_grm  # noqa: E402
 from similarity import token_similarities  # noqa: E402
 from test_similarity import both, literal, sample  # noqa: E402
-from test_train import some_pairs  # noqa: E402
+from test_train import some_pairs, uncached_gradient  # noqa: E402
 
 CUDA = torch.device("cuda")
 failed = []
@@ -84,13 +84,7 @@ def caching_gives_the_gradient(config):
                              ("bf16", torch.autocast("cuda", torch.bfloat16), 2e-2)):
         model.zero_grad()
         torch.manual_seed(1)
-        with amp:
-            parts = [model(*(batch[key][a:a + 5] for key in ("images", "ids", "valid"))) for a in (0, 5, 10)]
-            image, text = (kind(*(torch.cat(x) for x in zip(*features))) for kind, features in
-                           zip((modules.ImageFeatures, modules.TextFeatures), zip(*parts)))
-            total = model.loss(image, text, batch["image_ids"], config["loss"])[0]
-        total.backward()
-        wanted = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        wanted = uncached_gradient(model, batch, config["loss"], 5, amp).values()
         model.zero_grad()
         torch.manual_seed(1)
         train_grm.gradients(model, batch, config["loss"], 5, amp)

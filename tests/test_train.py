@@ -1,4 +1,5 @@
 """The training script: configurations, schedule, gradient caching, checkpoints, and errors of one line."""
+import contextlib
 import json
 import shutil
 
@@ -128,6 +129,18 @@ def some_pairs(config, count):
     return batch, tokenizer
 
 
+def uncached_gradient(model, batch, loss, micro_batch, amp=contextlib.nullcontext()):
+    """Of the batch encoded in the same parts as train_grm.gradients does, with the graph kept -> {name: gradient}."""
+    with amp:
+        parts = [model(*(batch[key][a:a + micro_batch] for key in ("images", "ids", "valid")))
+                 for a in range(0, len(batch["ids"]), micro_batch)]
+        image, text = (kind(*(torch.cat(x) for x in zip(*features))) for kind, features in
+                       zip((modules.ImageFeatures, modules.TextFeatures), zip(*parts)))
+        total = model.loss(image, text, batch["image_ids"], loss)[0]
+    total.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
 def test_gradient_caching_gives_the_uncached_gradient_with_all_noise_replayed(tiny_config):
     """The uncached run encodes the same parts, in the same order, with the graph kept: dropout, Gumbel and sampling noise
     fall the same way, so only the caching differs."""
@@ -136,12 +149,7 @@ def test_gradient_caching_gives_the_uncached_gradient_with_all_noise_replayed(ti
     model = modules.build_grm(tiny_config, len(tokenizer), 0).train()
 
     torch.manual_seed(1)
-    parts = [model(*(batch[key][a:a + 5] for key in ("images", "ids", "valid"))) for a in (0, 5, 10)]
-    image, text = (kind(*(torch.cat(x) for x in zip(*features))) for kind, features in
-                   zip((modules.ImageFeatures, modules.TextFeatures), zip(*parts)))
-    model.loss(image, text, batch["image_ids"], tiny_config["loss"])[0].backward()
-    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
+    expected = uncached_gradient(model, batch, tiny_config["loss"], 5)
     model.zero_grad()
     torch.manual_seed(1)
     train_grm.gradients(model, batch, tiny_config["loss"], micro_batch=5)
@@ -273,7 +281,7 @@ def test_mixed_precision_trains(script, tmp_path, monkeypatch, dtype, micro_batc
                                 "train.log_every=1", "train.max_steps=6", f"train.micro_batch={micro_batch}")
         assert failure is None
         losses.append([r["loss"] for r in records(tmp_path / str(amp)) if "loss" in r])
-    assert losses[1][0] == pytest.approx(losses[0][0], rel=0.02)           # torch 2.11's float16 products on the CPU: 0.011
+    assert losses[1][0] == pytest.approx(losses[0][0], rel=0.005)
     scaler = checkpoints.load_last(tmp_path / "True")["scaler"]
     assert bool(scaler) == (dtype == torch.float16)
     assert not scaler or scaler["scale"] >= 1 and scaler["_growth_tracker"] > 0            # the last step was taken
