@@ -1,26 +1,73 @@
-"""Does every part earn its place? Trains variants of a configuration over several seeds and tables what each one costs.
+"""Does every part earn its place? Trains variants of a configuration over several seeds, and tables them.
 
     python ablate_grm.py --backbone vit_micro --out runs/ablation
-    python ablate_grm.py --backbone vit_micro --out runs/ablation --variants full prompts weights
-    python ablate_grm.py --backbone vit_micro --out runs/ablation --variants full model.tau=0.5 train.lr=5e-4,train.clip=1
+    python ablate_grm.py --backbone vit_micro --out runs/ablation --variants full ori_alone changes
+    python ablate_grm.py --backbone vit_micro --out runs/ablation --variants full model.tau=0.5,train.lr=5e-4
+    python ablate_grm.py --write-results              RESULTS.md from the tables in results/
 
-Every run is train_grm.py with a few --set more, in OUT/<variant>/seed<n>: finished ones are recognised, interrupted ones go
-on, so the same command, stopped or extended by variants and seeds, does what is left. OUT/table.md and OUT/table.json are
-written anew after every run. best.pt is chosen on the validation split, the table is of the test split.
+Every run is train_grm.py with a few --set more, in OUT/<variant>/seed<n>. Finished runs are recognised and
+interrupted ones go on, so the same command, stopped or extended by variants and seeds, does what is left. The
+table is written after every run. best.pt is chosen on the validation split, the table is of the test split.
 """
 import argparse
+import sys
+
+GROUPS = {
+    "paper": {                                       # the paper's rows, named as there
+        "without_SA": ["model.image_mask=false"], "without_GA": ["model.text_mask=false"],
+        "without_RP": ["model.prompts=false"], "without_UM": ["model.uncertainty=false"],
+        "without_L_ori": ["loss.ori=0"], "without_L_key": ["loss.key=0"], "without_L_unc": ["loss.unc=0"],
+        "without_L_recon": ["loss.consistency=0"], "without_L_reg": ["loss.kl=0", "loss.entropy=0"]},
+    "recipes": {"recipe_paper": [], "recipe_grm": []},   # each under its own --recipe
+    # At the weight of the three levels together, so that the loss keeps its scale.
+    "ori_alone": {"ori_alone": ["loss.ori=1", "loss.key=0", "loss.unc=0"]},
+    "prompts": {f"prompts_{k}": [f"model.num_prompts={k}"] for k in (1, 2, 3, 5, 8, 12, 20)},
+    "weights": {f"weights_{a}_{b}_{c}": [f"loss.ori={a}", f"loss.key={b}", f"loss.unc={c}"] for a, b, c in (
+        (0.2, 0.2, 0.6), (0.2, 0.4, 0.4), (0.2, 0.6, 0.2), (0.4, 0.2, 0.4), (0.6, 0.2, 0.2))}}
+
+
+def parse_arguments(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--config", default="configs.yaml", metavar="FILE", help="default configs.yaml")
+    add("--backbone", metavar="NAME", help="as of train_grm.py, as all flags up to --set")
+    add("--recipe", metavar="NAME", help="default: the backbone's")
+    add("--data", metavar="NAME", help="default: the backbone's")
+    add("--data-root", metavar="DIR", help="default: data")
+    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="settings of every run")
+    add("--variants", nargs="+", default=["full", "paper"], metavar="NAME",
+        help="full, groups, names, or settings as model.tau=0.5,loss.kind=triplet (default: full paper). "
+             "Groups: changes (each difference from recipe paper turned back, as paper_loss.kind); "
+             + "; ".join(f"{group}: {', '.join(names)}" for group, names in GROUPS.items()))
+    add("--seeds", type=int, default=3, metavar="N", help="runs of each variant (default 3)")
+    add("--first-seed", type=int, default=0, metavar="N", help="default 0")
+    add("--jobs", type=int, metavar="N", help="runs at a time (default: one a GPU or free core)")
+    add("--split", metavar="NAME", help="split of the table (default: the one that training ends with)")
+    add("--grounding", action="store_true", help="run ground_grm.py too, for more columns")
+    add("--out", metavar="DIR", help="folder of the runs")
+    add("--json", metavar="FILE", help="the table, as results/NAME.json (default OUT/table.json)")
+    add("--write-results", action="store_true", help="only write RESULTS.md")
+    args = parser.parse_args(argv)
+    if not args.write_results and not (args.backbone and args.out):
+        parser.error("--backbone and --out are needed")
+    if args.seeds < 1 or args.jobs is not None and args.jobs < 1:
+        parser.error("--seeds and --jobs must be at least 1")
+    args.argv = sys.argv[1:] if argv is None else argv
+    return args
+
+
+if __name__ == "__main__":
+    ARGUMENTS = parse_arguments()                    # before the imports, so that --help answers at once
+
 import json
-import operator
 import os
 import re
 import shlex
-import signal
 import statistics
 import subprocess
-import sys
 import time
 from collections import deque
-from functools import reduce
 from pathlib import Path
 
 import torch
@@ -28,319 +75,328 @@ import yaml
 from tqdm import tqdm
 
 import data
-import train_grm
+import runs
+from data import require
 
-GROUPS = {
-    # ori at the weight of the three together, so that the loss keeps its scale
-    "parts": {"ori_only": ["loss.ori=1", "loss.key=0", "loss.unc=0"], "no_image_mask": ["model.image_mask=false"],
-              "no_text_mask": ["model.text_mask=false"], "no_prompts": ["model.prompts=false"],
-              "no_uncertainty": ["model.uncertainty=false"]},
-    "levels": {f"no_{level}": [f"loss.{level}=0"] for level in ("ori", "key", "unc")},
-    "regularisers": {f"no_{name}": [f"loss.{name}=0"] for name in ("consistency", "kl", "entropy")},
-    "prompts": {f"prompts_{k}": [f"model.num_prompts={k}"] for k in (1, 2, 3, 5, 8, 12, 20)},
-    "weights": {f"weights_{a}_{b}_{c}": [f"loss.ori={a}", f"loss.key={b}", f"loss.unc={c}"] for a, b, c in (
-        (0.2, 0.4, 0.4), (0.4, 0.2, 0.4), (0.6, 0.2, 0.2), (0.2, 0.6, 0.2), (0.45, 0.45, 0.1), (0.3, 0.3, 0.4))},
-}
-NAMED = {"full": []} | {name: sets for group in GROUPS.values() for name, sets in group.items()}
-# 97.5% quantiles of Student's t for 1 to 30 degrees of freedom
-T_QUANTILE = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
-              2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
-ELSEWHERE = {"data.root", "data.workers"}           # settings that may differ between a run and its continuation
-EVIDENCE = {"pointing": ("grounding", "masks", "pointing_game"), "AUC image": ("probes", "image_mask_auc"),
-            "AUC outlines": ("probes", "image_mask_auc_outlines"),
-            "AUC text": ("probes", "text_mask_auc"), "cosine": ("probes", "region_cosine"),
-            "variance": ("probes", "variance_difference", 0)}
+ROOT = Path(__file__).resolve().parent
+ELSEWHERE = {"data.root", "data.workers"}            # may differ between a run and its continuation
+T_QUANTILE = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+HEAD = """# Results
+
+`python ablate_grm.py --write-results` writes this page from `results/*.json`, which the commands below the
+tables wrote. DATA is the data root. Earlier figures are in the history of this file in git.
+
+- rSum: recall at 1, 5 and 10 in both directions, added up, in per cent (at most 600).
+- ±: standard deviation over seeds. [low, high]: 95% interval by Student's t.
+- difference: rSum less that of `full`, paired by seed; significant if the interval leaves out 0.
+- time: of a training step, `full` being 1.
+- pointing: part of the phrases whose map is highest in their box, without and with masks. AUC: of the image
+  mask for boxes or outlines of objects, of the text mask for content words. cosine: between regions of an
+  image. variance: of a phrase's region, phrases of several boxes less those of one.
+"""
 
 
-# -------------------------------------------------------------------------------------------------------- the statistics
-
-def mean(values) -> float | None:
-    return statistics.mean(values) if values else None
-
-
-def interval(values: list[float]) -> tuple[float, float] | None:
-    """95% interval of the mean of n values by Student's t; None for fewer than two."""
-    if len(values) < 2:
-        return None
-    freedom = len(values) - 1
-    quantile = T_QUANTILE[freedom - 1] if freedom <= len(T_QUANTILE) else 1.96 + 2.46 / freedom
-    half = quantile * statistics.stdev(values) / len(values) ** 0.5
-    return mean(values) - half, mean(values) + half
-
-
-def summarise(results: dict[str, dict[int, dict]]) -> list[dict]:
-    """{variant: {seed: {"levels", "step_seconds", ...}}} -> a row a variant; differences to `full` are paired by seed."""
-    rows, full = [], results.get("full", {})
-    for variant, runs in results.items():
-        rsum = {seed: run["levels"]["combined"]["rsum"] for seed, run in runs.items()}
-        paired = [seed for seed in runs if seed in full and variant != "full"]
-        base = [full[seed]["levels"]["combined"]["rsum"] for seed in paired]
-        differences = [rsum[seed] - own for seed, own in zip(paired, base)]
-        times = [runs[seed]["step_seconds"] / full[seed]["step_seconds"] for seed in paired]
-        rows.append({"variant": variant, "seeds": sorted(runs), "rsum": mean(rsum.values()),
-                     "rsum_std": statistics.stdev(rsum.values()) if len(rsum) > 1 else None,
-                     "difference": mean(differences), "interval": interval(differences),
-                     "difference_percent": 100 * mean(differences) / mean(base) if paired else None,
-                     "time_ratio": mean(times), "runs": runs})
-    return rows
+# ---- the variants ------------------------------------------------------------------------------------------
+def variants_of(args) -> dict[str, list[str]]:
+    """{variant: settings} of --variants."""
+    groups = {"full": {"full": []}, **GROUPS}
+    if any(name == "changes" or name.startswith("paper_") for name in args.variants):
+        groups["changes"] = changes(args)
+    known = {name: {name: settings} for group in groups.values() for name, settings in group.items()} | groups
+    found = {}
+    for name in args.variants:
+        require(name in known or "=" in name, f"no variant '{name}'; valid: changes, {', '.join(known)}, "
+                                              "and settings as model.tau=0.5,loss.kind=triplet")
+        found |= known[name] if name in known else {name: re.split(r",(?=[\w.]+=)", name)}
+    return found
 
 
-def markdown(rows: list[dict], title: str, commands: dict[str, str]) -> str:
-    """The table as text; a figure that does not exist yet is a dash."""
-    evidence = [name for name in EVIDENCE if any(name in run for row in rows for run in row["runs"].values())]
+def changes(args) -> dict[str, list[str]]:
+    """Each setting in which the configuration differs from recipe `paper`, turned back to the value there."""
+    def settings_of(recipe):
+        return flat(runs.load_config(args.config, args.backbone, recipe, args.data, args.data_root, args.set))
 
-    def show(value, form):
-        return "–" if value is None else form.format(value)
-
-    heads = ["variant", "seeds", "rSum", "difference", "of `full`", "time", *evidence]
-    table = [heads, ["---"] * len(heads)]
-    for row in rows:
-        own = [[run[name] for run in row["runs"].values() if run.get(name) is not None] for name in evidence]
-        table.append([
-            row["variant"], str(len(row["seeds"])),
-            show(row["rsum"], "{:.1f}") + (f" ± {row['rsum_std']:.1f}" if row["rsum_std"] is not None else ""),
-            show(row["difference"], "{:+.1f}") + (" [{:+.1f}, {:+.1f}]".format(*row["interval"]) if row["interval"] else ""),
-            show(row["difference_percent"], "{:+.1f}%"), show(row["time_ratio"], "{:.2f}"),
-            *(show(mean(v), "{:.3f}") + (f" ± {statistics.stdev(v):.3f}" if len(v) > 1 else "") for v in own)])
-    return "\n".join([
-        f"# {title}", "",
-        "rSum in per cent, ± the standard deviation over seeds. Difference: the variant less `full`, paired by seed, with a",
-        "95% interval (Student's t); below 0, what was switched off helps. Time: of a training step, against `full`.", "",
-        *["Pointing game with the masks; AUC of the image mask against objects' boxes and outlines, of the text mask against",
-          "function words; mean cosine of an image's regions; variance of a phrase's region, several objects less one.", ""]
-        * bool(evidence),
-        *("| " + " | ".join(cells) + " |" for cells in table), "",
-        "The command of each row's first run; `train.seed` gives the others:", "",
-        *(f"- {name}: `{command}`" for name, command in commands.items()), ""])
-
-
-# --------------------------------------------------------------------------------------------------------------- the runs
-
-class Run:
-    """One training run: what it is called, its settings, its folder, and what of it is done."""
-
-    def __init__(self, variant: str, seed: int, args):
-        self.variant, self.seed, self.args = variant, seed, args
-        self.folder = Path(args.out) / re.sub(r"[^\w.=,-]", "_", variant) / f"seed{seed}"
-        sets = [*args.set, *variant_settings(variant), f"train.seed={seed}"]
-        self.config = train_grm.load_config(args.config, args.backbone, args.data, args.data_root, sets)
-        self.train = ["--config", args.config, "--backbone", args.backbone]
-        for flag in ("data", "data_root"):
-            self.train += [f"--{flag.replace('_', '-')}", getattr(args, flag)] if getattr(args, flag) else []
-        self.train += ["--out", str(self.folder), "--set", *sets]
-        self.report = self.folder / re.sub(r"\W", "_", args.split or "test") / "metrics.json"
-
-    def check_settings(self):
-        """ConfigError if the folder holds a run that was trained with other settings."""
-        path = self.folder / "config.yaml"
-        if path.exists():
-            old, new = flat(yaml.safe_load(path.read_text()) or {}), flat(self.config)
-            changed = sorted(key for key in (old.keys() | new.keys()) - ELSEWHERE if old.get(key) != new.get(key))
-            if changed:
-                raise train_grm.ConfigError(
-                    f"{self.folder} was trained with another {', '.join(changed[:4])}: choose another --out, or remove it")
-
-    def records(self) -> list[dict]:
-        try:
-            lines = (self.folder / "metrics.jsonl").read_text().splitlines()
-        except OSError:
-            return []
-        found = []
-        for line in lines:
-            try:
-                found.append(json.loads(line))
-            except ValueError:                                  # the line at which a run was killed
-                pass
-        return found
-
-    def result(self) -> dict | None:
-        """Figures of the split asked for and seconds of a training step, or None if the run is not that far."""
-        records = self.records()
-        tables = [r for r in records if "test" in r]
-        if not tables:
-            return None
-        wanted = [r for r in tables if self.args.split in (None, r["test_split"])]
-        report = json.loads(self.report.read_text()) if self.report.exists() else {}
-        if self.args.split not in (None, report.get("split")):
-            report = {}
-        if not (wanted or report) or self.args.grounding and "probes" not in report:
-            return None
-        # the median, because it is no concern of this table if the machine was busy for a while
-        rates = [r["images_per_s"] for r in records if r.get("images_per_s")]
-        result = {"levels": wanted[0]["test"] if wanted else report["levels"], "best_step": tables[0]["step"],
-                  "split": wanted[0]["test_split"] if wanted else report["split"],
-                  "step_seconds": self.config["train"]["batch_size"] / statistics.median(rates)}
-        for name, keys in EVIDENCE.items() if self.args.grounding else ():
-            try:
-                result[name] = reduce(operator.getitem, keys, report)
-            except (KeyError, TypeError):                       # no variance without uncertainty
-                result[name] = None
-        return result
-
-    def command(self) -> list[str]:
-        """What is to be done next: training, from the start or from last.pt, or the evaluation of another split."""
-        tables = [record for record in self.records() if "test" in record]
-        if not tables:
-            return script("train_grm.py") + self.train + ["--resume"] * any(self.folder.glob("last*.pt"))
-        evaluate = script("eval_grm.py") + ["--ckpt", str(self.folder / "best.pt"), "--out", str(self.report.parent),
-                                                "--split", self.args.split or tables[0]["test_split"]]
-        evaluate += ["--data-root", self.args.data_root] if self.args.data_root else []
-        return evaluate + ["--grounding"] * self.args.grounding
-
-    def state(self) -> str:
-        steps = [record["step"] for record in self.records()]
-        return f"{self.variant}/{self.seed} at step {steps[-1] if steps else 0}"
-
-
-def script(name: str) -> list[str]:
-    return [sys.executable, str(Path(__file__).with_name(name))]
-
-
-def variant_settings(variant: str) -> list[str]:
-    """A name of the list, or settings themselves, parted by commas."""
-    if variant not in NAMED and "=" not in variant:
-        raise train_grm.ConfigError(f"unknown variant '{variant}'; valid: {', '.join(NAMED)}, a group "
-                                    f"({', '.join(GROUPS)}), or settings as model.tau=0.5,loss.kind=triplet")
-    return NAMED.get(variant) if variant in NAMED else re.split(r",(?=[\w.]+=)", variant)
+    own, paper = settings_of(args.recipe), settings_of("paper")
+    return {f"paper_{key}": [f"{key}={json.dumps(value)}"] for key, value in paper.items()
+            if value != own[key] and key != "recipe"}
 
 
 def flat(config: dict, prefix: str = "") -> dict:
     """{"train.lr": ...} of nested blocks."""
-    result = {}
+    found = {}
     for key, value in config.items():
-        result |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return result
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
 
 
-def free_slots() -> int:
-    """How many runs at a time: one a GPU, or else one a core that has nothing to do now."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return torch.cuda.device_count() or max(1, cores - round(os.getloadavg()[0]))
+# ---- the runs ----------------------------------------------------------------------------------------------
+class Job:
+    """A variant under one seed. UserError if its folder holds a run of other settings."""
+
+    def __init__(self, args, variant: str, settings: list[str], seed: int):
+        self.args, self.variant, self.seed, self.name = args, variant, seed, f"{variant}/seed{seed}"
+        self.recipe = variant.removeprefix("recipe_") if variant in GROUPS["recipes"] else args.recipe
+        self.folder = Path(args.out) / file_name(variant) / f"seed{seed}"
+        self.log = self.folder.with_suffix(".log")
+        self.settings = [*args.set, *settings, f"train.seed={seed}"]
+        self.config = runs.load_config(args.config, args.backbone, self.recipe, args.data, args.data_root,
+                                       self.settings)
+        path = self.folder / "config.yaml"
+        if path.exists():
+            old, new = flat(yaml.safe_load(path.read_text()) or {}), flat(self.config)
+            keys = sorted((old.keys() | new.keys()) - ELSEWHERE)
+            changed = [key for key in keys if old.get(key) != new.get(key)]
+            require(not changed, f"{self.folder} was trained with another {', '.join(changed[:4])}: "
+                                 "choose another --out, or remove it")
+
+    def records(self) -> list[dict]:
+        """The complete lines of metrics.jsonl; a run that was killed may have left part of one."""
+        path = self.folder / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
+
+    def done(self) -> tuple[str | None, dict | None, dict | None]:
+        """The split of the table, its recalls, and its grounding: None for what the run has not got to."""
+        tables = {record["test_split"]: record["test"] for record in self.records() if "test" in record}
+        if not tables:
+            return None, None, None
+        split = self.args.split or next(iter(tables))
+        reports = self.folder / file_name(split)
+        levels = tables.get(split) or read(reports / "metrics.json").get("levels")
+        return split, levels, read(reports / "grounding.json") or None
+
+    def result(self) -> dict | None:
+        """The figures for the table, or None if the run is not that far."""
+        split, levels, grounding = self.done()
+        if not levels or self.args.grounding and not grounding:
+            return None
+        # The median, because the machine may have been busy for a while.
+        rates = [record["images_per_s"] for record in self.records() if "images_per_s" in record]
+        return {"rSum": levels["combined"]["rsum"], "speed": statistics.median(rates), "split": split,
+                "evidence": evidence(grounding) if self.args.grounding else {}}
+
+    def command(self) -> list[str]:
+        """What is to be done next: train, from the start or from last.pt; evaluate another split; ground."""
+        args, (split, levels, _) = self.args, self.done()
+        if not split:
+            flags = {"config": args.config, "backbone": args.backbone, "recipe": self.recipe,
+                     "data": args.data, "data-root": args.data_root, "out": self.folder}
+            resume = ["--resume"] if any(self.folder.glob("last*.pt")) else []
+            return script("train_grm.py", flags) + resume + ["--set", *self.settings]
+        flags = {"ckpt": self.folder / "best.pt", "split": split, "out": self.folder / file_name(split),
+                 "data-root": args.data_root}
+        return script("ground_grm.py" if levels else "eval_grm.py", flags)
+
+    def start(self, environment: dict) -> subprocess.Popen:
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.log, "ab") as log:
+            # In a session of its own, so that a signal reaches it once, from `work_off`.
+            return subprocess.Popen(self.command(), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                                    env=os.environ | environment, start_new_session=True)
 
 
-def gpu_names(visible: str, count: int) -> list[str]:
-    """What CUDA_VISIBLE_DEVICES has to be for each of the `count` GPUs that torch sees, given what it is now."""
-    names = [name.strip() for name in visible.split(",")][:count]
-    return names if len(names) == count and all(names) else [str(gpu) for gpu in range(count)]
+def script(name: str, flags: dict) -> list[str]:
+    words = [sys.executable, str(ROOT / name)]
+    for key, value in flags.items():
+        words += [f"--{key}", str(value)] if value is not None else []
+    return words
 
 
-def work_off(runs: list[Run], slots: int, after_each) -> dict[str, str]:
-    """Runs everything that is not done, `slots` at a time; -> {run: why it failed}. SystemExit once a signal stops it."""
-    waiting, working, failed, stop = deque(run for run in runs if run.result() is None), {}, {}, []
-    gpus = gpu_names(os.environ.get("CUDA_VISIBLE_DEVICES", ""), torch.cuda.device_count())
-    handlers = {number: signal.signal(number, lambda signum, frame: stop.append(signum))
-                for number in (signal.SIGINT, signal.SIGTERM)}
-    bar = tqdm(total=len(runs), initial=len(runs) - len(waiting), desc="ablate", unit="run", dynamic_ncols=True,
-               miniters=0, mininterval=0.5 if sys.stderr.isatty() else 15)
-    while waiting and not stop or working:
-        for slot in range(slots if not stop else 0):
-            if slot in working or not waiting:
-                continue
-            run, environment = waiting.popleft(), dict(os.environ)
-            if gpus:
-                environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
-            else:
-                environment["OMP_NUM_THREADS"] = "1"
-            run.folder.parent.mkdir(parents=True, exist_ok=True)
-            with open(run.folder.with_suffix(".log"), "ab") as log:
-                # a session of its own: signals reach it from here only, once
-                process = subprocess.Popen(run.command(), stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment,
-                                           start_new_session=True)
-            working[slot] = run, process, process.args
-        if stop:
-            for _, process, _ in working.values():
-                process.terminate()                             # training saves last.pt at the next step and ends
-        for slot, (run, process, command) in list(working.items()):
-            if stop:
-                process.wait()
-            if process.poll() is None:
-                continue
-            del working[slot]
-            if stop:
-                continue
-            if process.returncode == 0 and run.result() is not None:
-                bar.update()
-                after_each()
-            elif process.returncode == 0 and run.command() != command:
-                waiting.appendleft(run)                            # trained; its evaluation is next
-            else:
-                log = run.folder.with_suffix(".log").read_text(errors="replace").replace("\r", "\n").strip().splitlines()
-                failed[f"{run.variant}/{run.seed}"] = log[-1] if log else f"exit status {process.returncode}"
-        bar.set_postfix_str(", ".join(run.state() for run, *_ in working.values()), refresh=False)
-        bar.update(0)                                               # draws it, as often as mininterval allows
-        if working:
+def read(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def evidence(grounding: dict) -> dict[str, float | None]:
+    """The columns of grounding.json."""
+    pointing, variance = grounding["pointing"], grounding["variance_difference"]
+    return {"pointing, words": pointing["words"], "pointing, masks": pointing["masks"],
+            "AUC image": grounding["image_mask_auc"], "AUC outlines": grounding["image_mask_auc_outlines"],
+            "AUC text": grounding["text_mask_auc"], "cosine": grounding["region_cosine"],
+            "variance": variance and variance[0]}
+
+
+def file_name(text: str) -> str:
+    return re.sub(r"[^\w.=,-]", "_", text)
+
+
+def environments(count: int | None) -> list[dict]:
+    """What each of the runs that go on at the same time gets: a GPU, or else a core. count: how many, by
+    default one for every GPU, or for every core that has nothing to do."""
+    if torch.cuda.is_available():
+        names = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+        found = [{"CUDA_VISIBLE_DEVICES": name} for name in names.split(",")]
+    else:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        found = [{"OMP_NUM_THREADS": "1"}] * max(1, cores - round(os.getloadavg()[0]))
+    return [found[n % len(found)] for n in range(count or len(found))]
+
+
+def work_off(jobs: list[Job], slots: list[dict], after_each) -> dict[str, str]:
+    """Does everything that is left, one run a slot (its environment) at a time -> {job: why it failed}.
+
+    A signal lets every run save; SystemExit then says how to go on."""
+    waiting, working, failed = deque(job for job in jobs if job.result() is None), {}, {}
+    signals = runs.Signals()
+    with tqdm(total=len(jobs), initial=len(jobs) - len(waiting), desc="ablate", unit="run") as bar:
+        while working or waiting and not signals.stop:
+            for slot, environment in enumerate(slots):
+                if slot not in working and waiting and not signals.stop:
+                    job = waiting.popleft()
+                    working[slot] = job, job.start(environment)
+                    bar.set_postfix_str(", ".join(job.name for job, _ in working.values()))
             time.sleep(0.5)
-    bar.close()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    if stop:
+            if signals.stop:
+                for _, process in working.values():
+                    process.terminate()              # training saves last.pt after its step and ends
+                for _, process in working.values():
+                    process.wait()
+                break
+            for slot, (job, process) in list(working.items()):
+                if process.poll() is None:
+                    continue
+                del working[slot]
+                if process.returncode == 0 and job.result() is not None:
+                    bar.update()
+                    after_each()
+                elif process.returncode == 0 and job.command() != process.args:
+                    waiting.appendleft(job)          # trained; its evaluation is next
+                else:
+                    said = job.log.read_text(errors="replace").replace("\r", "\n").strip().rpartition("\n")[2]
+                    failed[job.name] = said.removeprefix("error: ")
+    signals.release()
+    if signals.stop:
         sys.exit("stopped; every run that had begun is saved: repeat the command to go on")
     return failed
 
 
-def run(args):
-    names = []
-    for name in args.variants or ["full", "parts", "levels", "regularisers"]:
-        names += [n for n in GROUPS.get(name, [name]) if n not in names]
-    # seed by seed, so that an unfinished table compares all variants
-    runs = [Run(name, seed, args) for seed in range(args.first_seed, args.first_seed + args.seeds) for name in names]
-    for one in runs:
-        one.check_settings()
-    config = runs[0].config
-    if args.split:                                                 # a name that is none is told before the first run
-        data.load_split(args.split, config["datasets"], config["data"]["root"], check_images=False)
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    commands = {one.variant: shlex.join(["python", "train_grm.py", *one.train]) for one in reversed(runs)}
-
-    def write():
-        results = {name: {} for name in names}
-        for one in runs:
-            if (result := one.result()) is not None:
-                results[one.variant][one.seed] = result
-        rows = summarise(results)
-        split = next((run["split"] for row in rows for run in row["runs"].values()), args.split or "the test split")
-        title = f"Ablation of {args.backbone} on {config['data']['name']}: {split}"
-        text = markdown(rows, title, {name: commands[name] for name in names})
-        (out / "table.md").write_text(text)
-        content = [row | {"command": commands[row["variant"]]} for row in rows]
-        (out / "table.json").write_text(json.dumps(content, indent=1) + "\n")
-        return text
-    slots = args.jobs or free_slots()
-    left = sum(one.result() is None for one in runs)
-    print(f"{len(names)} variants, {args.seeds} seeds: {left} of {len(runs)} runs to do, {slots} at a time; table in {out}")
-    failed = work_off(runs, slots, write)
-    print(write())
-    if failed:
-        reasons = "; ".join(f"{name} failed ({why})" for name, why in failed.items())
-        sys.exit(f"error: {reasons}; logs in {out}/*/*.log")
+# ---- the statistics ----------------------------------------------------------------------------------------
+def interval(values: list[float]) -> dict | float | None:
+    """Mean of n values with its 95% interval by Student's t; one value as it is; None of none."""
+    if len(values) < 2:
+        return values[0] if values else None
+    freedom, mean = len(values) - 1, statistics.mean(values)
+    # The 97.5% quantile of Student's t; beyond 10 degrees of freedom its expansion about the normal one.
+    quantile = T_QUANTILE[freedom - 1] if freedom <= 10 else 1.96 + 2.372 / freedom + 2.822 / freedom ** 2
+    half = quantile * statistics.stdev(values) / len(values) ** 0.5
+    return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="configs.yaml", metavar="FILE", help="as of train_grm.py (default configs.yaml)")
-    parser.add_argument("--backbone", required=True, metavar="NAME", help="as of train_grm.py")
-    parser.add_argument("--data", metavar="NAME", help="as of train_grm.py")
-    parser.add_argument("--data-root", metavar="DIR", help="as of train_grm.py")
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="settings of every run")
-    parser.add_argument("--variants", nargs="+", metavar="NAME",
-                        help="names, groups, or settings as model.tau=0.5,loss.kind=triplet (default: full parts levels "
-                        "regularisers). " + "; ".join(f"{group}: {', '.join(names)}" for group, names in GROUPS.items()))
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each variant (default 3)")
-    parser.add_argument("--first-seed", type=int, default=0, metavar="N", help="seeds count from here (default 0)")
-    parser.add_argument("--jobs", type=int, metavar="N", help="runs at a time (default: one a GPU, or one a free core)")
-    parser.add_argument("--split", metavar="NAME",
-                        help="split of the table (default: the test split, or the validation split where there is none)")
-    parser.add_argument("--grounding", action="store_true", help="columns of eval_grm.py --grounding as well")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the runs and the table")
-    args = parser.parse_args()
-    if args.seeds < 1 or args.jobs is not None and args.jobs < 1:
-        parser.error("--seeds and --jobs must be at least 1")
+def summarise(results: dict[str, dict[int, dict]]) -> tuple[list[str], list[dict]]:
+    """{variant: {seed: Job.result()}} -> columns, rows. What is compared with `full` is paired by seed."""
+    every = [run for seeds in results.values() for run in seeds.values()]
+    more = dict.fromkeys(name for run in every for name in run["evidence"])
+    rows, full = [], results.get("full", {})
+    for variant, seeds in results.items():
+        pairs = [(seeds[seed], full[seed]) for seed in seeds if seed in full and variant != "full"]
+        times = [base["speed"] / run["speed"] for run, base in pairs]
+        values = {"seeds": len(seeds), "rSum": [run["rSum"] for run in seeds.values()],
+                  "difference": interval([run["rSum"] - base["rSum"] for run, base in pairs]),
+                  "time": statistics.mean(times) if times else None}
+        for name in more:
+            found = [run["evidence"].get(name) for run in seeds.values()]
+            values[name] = [figure for figure in found if figure is not None]
+        rows.append({"name": variant, "values": values})
+    return ["seeds", "rSum", "difference", "time", *more], rows
+
+
+# ---- the tables: results/*.json and RESULTS.md -------------------------------------------------------------
+def save_table(path: Path, title: str, command: str, columns: list[str], rows: list[dict], notes=()) -> dict:
+    """Writes a table of RESULTS.md. A file that is there keeps title, conclusion and notes. Its keys:
+
+    title; conclusion: one sentence, written by a person; notes: optional, one-line strings; command; commit,
+    versions, machine: of runs.provenance; columns: names; rows: {"name", "values": {column: value}}, a value
+    being a number, a list of one number a seed, {"mean", "low", "high"}, or null.
+    """
+    old = read_table(path) if path.exists() else {}
+    table = {"title": title, "conclusion": "", "notes": list(notes)} | old
+    table |= {"command": command, **runs.provenance(), "columns": columns, "rows": rows}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return table
+
+
+def read_table(path: Path) -> dict:
     try:
-        run(args)
-    except (train_grm.ConfigError, data.DataError, OSError) as error:
-        sys.exit(f"error: {error}")
+        table = read(path)
+    except ValueError:
+        table = {}
+    keys = ("title", "conclusion", "command", "commit", "versions", "machine", "columns", "rows")
+    missing = [key for key in keys if key not in table]
+    require(not missing, f"'{path}' is no table, without {', '.join(missing)}: write it anew with --json")
+    return table
+
+
+def shown_command(name: str, argv: list[str], data_root: str | None = None) -> str:
+    """A command without paths of this machine: the data root is DATA, others are relative, or their end."""
+    def shorten(match):
+        path = Path(match[0])
+        return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else Path(*path.parts[-2:]))
+
+    words = [re.sub(r"(?:^|(?<=[=,\[{ ]))/[^,\]}]+", shorten, "DATA" if word == data_root else word)
+             for word in argv]
+    return shlex.join(["python", name, *words])
+
+
+def cell(value) -> str:
+    """A value of a table as text. Its size decides the digits."""
+    if value is None or value == []:
+        return "–"
+    if isinstance(value, dict):
+        digits = 1 if max(map(abs, value.values())) >= 1 else 3
+        return "{mean:+.{n}f} [{low:+.{n}f}, {high:+.{n}f}]".format(**value, n=digits)
+    values = value if isinstance(value, list) else [value]
+    mean = statistics.mean(values)
+    digits = 0 if isinstance(mean, int) else sum(abs(mean) < least for least in (1000, 10, 1))
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean:,.{digits}f}{spread}"
+
+
+def table_text(table: dict) -> str:
+    """A table in Markdown, with its conclusion above, and command, commit and machine below."""
+    lines = [["", *table["columns"]], ["---"] * (1 + len(table["columns"]))]
+    for row in table["rows"]:
+        lines.append([row["name"], *(cell(row["values"].get(column)) for column in table["columns"])])
+    grid = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    versions = ", ".join(f"{name} {version}" for name, version in table["versions"].items())
+    origin = f"`{table['command']}`, commit {table['commit']}, {versions}, {table['machine']}"
+    below = "\n".join([origin, *(f"- {note}" for note in table.get("notes", []))])
+    return "\n\n".join([f"## {table['title']}", table["conclusion"], grid, below]) + "\n"
+
+
+def results_page(folder: Path) -> str:
+    """RESULTS.md: the head, and the tables of a folder in the order of their file names."""
+    return "\n".join([HEAD, *(table_text(read_table(path)) for path in sorted(folder.glob("*.json")))])
+
+
+# ---- the command line --------------------------------------------------------------------------------------
+def main(args):
+    if args.write_results:
+        (ROOT / "RESULTS.md").write_text(results_page(ROOT / "results"), encoding="utf-8")
+        return
+    variants, seeds = variants_of(args), range(args.first_seed, args.first_seed + args.seeds)
+    # Seed by seed, so that an unfinished table compares all variants.
+    jobs = [Job(args, name, settings, seed) for seed in seeds for name, settings in variants.items()]
+    config, path = jobs[0].config, Path(args.json or f"{args.out}/table.json")
+    if args.split:
+        data.load_split(args.split, config["datasets"], config["data"]["root"], check_images=False)
+
+    def write() -> str:
+        results = {name: {} for name in variants}
+        for job in jobs:
+            if (result := job.result()) is not None:
+                results[job.variant][job.seed] = result
+        where = ", ".join({run["split"] for found in results.values() for run in found.values()})
+        title = f"{args.backbone}, recipe {config['recipe']}, on {where}"
+        command = shown_command("ablate_grm.py", args.argv, args.data_root)
+        return table_text(save_table(path, title, command, *summarise(results)))
+
+    slots, left = environments(args.jobs), sum(job.result() is None for job in jobs)
+    print(f"{left} of {len(jobs)} runs to do, {len(slots)} at a time; table in {path}", flush=True)
+    failed = work_off(jobs, slots, write)
+    print(write())
+    reasons = "; ".join(f"{name} failed ({why})" for name, why in failed.items())
+    require(not failed, f"{reasons}; logs in {args.out}/*/*.log")
 
 
 if __name__ == "__main__":
-    main()
+    with runs.one_line_errors():
+        main(ARGUMENTS)

@@ -1,11 +1,10 @@
-"""Images and captions: caption JSONs, image files, tokens, training items, and the built-in `shapes` data set.
+"""Images and captions: caption files, image files, tokens, training items, the built-in `shapes` data set.
 
-A data set is one block of configs.yaml; `load_split` turns the name of a split into a `Split`. Whatever is wrong with
-the input raises `DataError`, whose text is one line that names the file and the entry and says what to do.
+A data set is a block of configs.yaml; `load_split` turns the name of a split into a `Split`. What a user did
+wrong raises `UserError`, whose text is one line: what is wrong, where, and what to do.
 """
 import gzip
 import json
-import math
 import os
 import posixpath
 import re
@@ -13,79 +12,62 @@ import warnings
 import zlib
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torchvision.transforms import v2 as T
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-import entities
-import hub
-from shapes import Scene
+import shapes
 
 PARTS = ("train", "val", "test")
+BLOCK_KEYS = "annotations images parts entities kind size seed scenes splits config".split()  # of a data set
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # not all that Pillow opens: EPS runs Ghostscript
-REPLACEMENTS = 10  # tries for a readable image before skip_bad_images gives up
 MAX_JSON = 2 ** 30  # bytes of a caption file; a small .gz can unpack to any number
 
 
-class DataError(Exception):
-    """Bad input, told in one line."""
+class UserError(Exception):
+    """Something that a user can put right, told in one line."""
 
-    def __str__(self):  # a DataLoader worker's error arrives with the worker's traceback before it: the last line is ours
-        return super().__str__().strip().rpartition("\n")[2].removeprefix(f"{__name__}.DataError: ")
+    def __str__(self):  # raised in a DataLoader's worker it comes after a traceback: the last line is ours
+        return super().__str__().strip().rpartition("\n")[2].removeprefix(f"{__name__}.UserError: ")
 
 
 def require(condition, message):
     if not condition:
-        raise DataError(message)
+        raise UserError(message)
 
 
-def brief(error):
-    return " ".join(f"{type(error).__name__}: {error}".split())[:150]
+def typed(value, kind, label):
+    """value, if it is of type `kind` and, where that is str, can be encoded."""
+    found = "missing" if value is None else type(value).__name__
+    require(type(value) is kind, f"{label} is {found}, must be {kind.__name__}: correct it")
+    require(kind is not str or not re.search("[\ud800-\udfff]", value), f"{label} is not Unicode: correct it")
+    return value
 
 
-# ---- splits ----------------------------------------------------------------------------------------------------------
+# ---- splits ------------------------------------------------------------------------------------------------
 class Split:
-    """A named list of images, each with one or more captions.
-    texts: every caption, image by image, T in all; image_of_text: int64 (T,), the image of each."""
+    """A named list of images with their captions. texts (T,): all captions; image_of_text: int64 (T,)."""
 
-    def __init__(self, name, image_names, captions):
-        self.name, self.image_names, self.captions = name, image_names, captions
+    def __init__(self, name, image_names, captions, folder=None):
+        self.name, self.image_names, self.captions, self.folder = name, image_names, captions, folder
         self.texts = [text for texts in captions for text in texts]
         self.image_of_text = np.repeat(np.arange(len(captions)), [len(texts) for texts in captions])
 
     def __len__(self):
         return len(self.image_names)
 
-    def phrases(self, i):
-        """For each caption of image i the list of its Phrases, or None where they are not known."""
-        return [None] * len(self.captions[i])
-
-    def objects(self, i):
-        """Every box (x0, y0, x1, y1) of image i in fractions of its sides, as far as known."""
-        return []
-
-    def outlines(self, i):
-        """Every object's corners [(x, y), ...], which only drawn images know."""
-        return []
-
 
 class FileSplit(Split):
     """Images on disk, each at folder/name."""
-
-    def __init__(self, name, image_names, captions, folder):
-        super().__init__(name, image_names, captions)
-        self.folder = folder
 
     def subset(self, indices):
         return FileSplit(self.name, self.image_names[indices], self.captions[indices], self.folder)
 
     def load_image(self, i, size=None):
-        """-> PIL RGB image, upright. Given `size`, a large JPEG is decoded at 1/2, 1/4 or 1/8, both sides >= 2 size."""
+        """-> PIL RGB image, upright. Given `size`, a large JPEG is decoded smaller, both sides >= 2 size."""
         path = self.folder / self.image_names[i]
         try:
             with warnings.catch_warnings():
@@ -98,403 +80,331 @@ class FileSplit(Split):
                 if image.mode.startswith("I;16"):  # convert() would clip 16 bits to white
                     image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
                 if image.has_transparency_data:
-                    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+                    white = Image.new("RGBA", image.size, "white")
+                    image = Image.alpha_composite(white, image.convert("RGBA"))
                 return image.convert("RGB")
         except Exception as error:  # Pillow's decoders raise nearly any type on damaged bytes
-            raise DataError(f"{path}: image {i} of {self.name} ({self.image_names[i]!r}) does not decode "
-                            f"({brief(error)}): replace the file or remove its entry") from None
+            raise UserError(f"{str(path)!r}, image {i} of {self.name}, does not decode ({error!r:.150}): "
+                            "replace the file or remove its entry") from None
 
 
-class EntitiesSplit(FileSplit):
-    """Images on disk with the captions, phrases and boxes of Flickr30K Entities."""
+class ShapesSplit(Split):
+    """Drawn scenes (shapes.Scene), which know their objects and phrases; no files."""
 
-    def __init__(self, split, folder):
-        try:
-            read = [entities.read_image(folder, Path(name).stem) for name in split.image_names]
-        except OSError as error:
-            raise DataError(f"{split.name}: cannot read {error.filename} ({error.strerror}): Flickr30K Entities belongs in "
-                            f"{folder}, with its folders Sentences and Annotations") from None
-        except ValueError as error:
-            raise DataError(str(error)) from None
-        super().__init__(split.name, split.image_names, [captions for captions, _ in read], split.folder)
-        self.all_phrases = [phrases for _, phrases in read]
+    def __init__(self, name, image_names, scenes):
+        super().__init__(name, image_names, [scene.captions for scene in scenes])
+        self.scenes = scenes
 
-    def phrases(self, i):
-        return self.all_phrases[i]
+    def subset(self, indices):
+        return ShapesSplit(self.name, self.image_names[indices], self.scenes[indices])
 
-    def objects(self, i):
-        return list(dict.fromkeys(box for phrases in self.phrases(i) for p in phrases for box in p.boxes))
-
-
-def with_phrases(split, datasets, root):
-    """The split with the phrases and boxes of the folder that `entities` of its data set's block names; without one, as it is."""
-    dataset = split_names(datasets)[split.name.split("[")[0]][0]
-    folder = datasets[dataset].get("entities")
-    if folder is None:
-        return split
-    require(type(folder) is str, f"datasets.{dataset}.entities must be a folder in the form of Flickr30K Entities")
-    return EntitiesSplit(split, Path(root) / folder)
+    def load_image(self, i, size=None):  # of the data set's own size, whatever `size`
+        return Image.fromarray(self.scenes[i].pixels)
 
 
 def split_names(datasets):
-    """{split name: (data set, part, folds)} of every split in the `datasets` block; folds is 1 unless stated."""
+    """{split name: (data set, part, folds)} of the `datasets` block; folds is 1 unless stated."""
     names = {}
-    require(isinstance(datasets, dict), "configs: datasets must be a map from a data set's name to where it lies")
-    for dataset, block in datasets.items():
+    for dataset, block in typed(datasets, dict, "configs: datasets").items():
         where = f"configs: datasets.{dataset}"
-        require(isinstance(block, dict), f"{where} must be a map")
-        valid = {"splits", "config", *(("kind", "size", "seed", "scenes") if "kind" in block else
-                                       ("annotations", "images", "parts", "entities"))}
-        require(set(block) <= valid, f"{where} has unknown keys {set(block) - valid}; valid: {', '.join(sorted(valid))}")
-        default = {dataset: {"part": "test"}, f"{dataset}_val": {"part": "val"}, f"{dataset}_train": {"part": "train"}}
-        splits = block.get("splits", default)
-        require(isinstance(splits, dict), f"{where}.splits must be a map from a split's name to {{part: ...}}")
-        for name, split in splits.items():
-            folds = split.get("folds", 1) if isinstance(split, dict) and set(split) <= {"part", "folds"} else None
-            require(type(folds) is int and folds >= 1 and split.get("part") in PARTS,
-                    f"{where}.splits.{name} must be {{part: {'|'.join(PARTS)}}} with an optional folds: N, N >= 1")
-            require(name not in names, f"{where}.splits.{name} is already a split of another data set: rename one")
-            names[name] = (dataset, split["part"], folds)
+        unknown = set(typed(block, dict, where)) - set(BLOCK_KEYS)
+        require(not unknown, f"{where} has unknown keys {unknown}; valid: {', '.join(BLOCK_KEYS)}")
+        usual = {dataset: "test", f"{dataset}_val": "val", f"{dataset}_train": "train"}
+        splits = block.get("splits", {name: {"part": part} for name, part in usual.items()})
+        for name, split in typed(splits, dict, f"{where}.splits").items():
+            label = f"{where}.splits.{name}"
+            part, folds = typed(split, dict, label).get("part"), split.get("folds", 1)
+            require(part in PARTS and type(folds) is int and folds >= 1 and set(split) <= {"part", "folds"},
+                    f"{label} must be {{part: {'|'.join(PARTS)}}} with an optional folds: N, N >= 1")
+            require(name not in names, f"{label} is already a split of another data set: rename one")
+            names[name] = dataset, part, folds
     return names
 
 
 def splits_of(names, dataset, part):
-    """The splits among `names`, as split_names returns them, that are this part of the data set; at least one."""
+    """Which of `names`, as split_names returns them, are this part of the data set; at least one."""
     found = [name for name, (owner, own, _) in names.items() if (owner, own) == (dataset, part)]
-    require(found, f"data set {dataset!r} has no split that is its part {part!r}: name one, as "
-                   f"{dataset}_{part}: {{part: {part}}}, below datasets.{dataset}.splits")
+    require(found, f"data set {dataset!r} has no split of part {part!r}: see datasets.{dataset}.splits")
     return found
 
 
 def load_split(name, datasets, root, check_images=True):
     """The split `name`, which may carry a slice over its images: f8k, f8k_val[:500], f8k_val[500:].
-    datasets: the `datasets` block of configs.yaml; root: the folder that its paths start from (--data-root).
-    check_images=False skips the check that every image file is there, for work on captions alone."""
-    base, first, last = re.fullmatch(r"(.*?)(?:\[(\d*):(\d*)\])?", name, re.DOTALL).groups()
+    The paths in `datasets` start from the folder root. check_images: whether all images must be there."""
+    base, *bounds = re.fullmatch(r"(.*?)(?:\[(\d*):(\d*)\])?", name, re.DOTALL).groups()
     names = split_names(datasets)
-    require(base in names, f"unknown split {name!r}; valid: {', '.join(names)} (each may carry a slice such as [:500])")
+    require(base in names, f"unknown split {name!r}; valid: {', '.join(map(str, names))}, or a slice [:500]")
     dataset, part, _ = names[base]
-    block, where = datasets[dataset], f"configs: datasets.{dataset}"
-    whole = shapes_split(block, part, where) if "kind" in block else file_split(dataset, block, part, Path(root), where)
-    split = whole.subset(slice(int(first) if first else None, int(last) if last else None))
+    read = shapes_split if "kind" in datasets[dataset] else file_split
+    whole = read(dataset, datasets[dataset], part, Path(root))
+    split = whole.subset(slice(*(int(bound) if bound else None for bound in bounds)))
     split.name = name
     require(len(split), f"{name}: the slice is empty: {base} has {len(whole)} images")
     if check_images and isinstance(split, FileSplit):
         missing = [image for image in split.image_names if not os.path.isfile(split.folder / image)]
-        require(not missing, f"{name}: {len(missing)} of {len(split)} images are missing in {split.folder}, first "
-                f"{', '.join(f'{image!r:.80}' for image in missing[:3])}: put them there, or change {where}.images or --data-root")
+        require(not missing, f"{name}: {len(missing)} of {len(split)} images are not in {split.folder}: "
+                f"{str(missing[:3]):.300}: add them, or change datasets.{dataset}.images or --data-root")
     return split
 
 
-# ---- caption files: each reader returns [(label for messages, (folder, file name), captions)], checked by file_split -
-def file_split(dataset, block, part, root, where):
-    """Reads one part of a data set on disk; the layout of its JSON is told by its content."""
-
-    def of_part(key):  # `annotations` and `images` are one path, or one per part
-        value = block.get(key)
-        if isinstance(value, dict):
-            require(part in value, f"{where}.{key} has no {part!r}, only {', '.join(map(repr, value))}")
-            value = value[part]
-        require(type(value) is str, f"{where}.{key} must be a path, or a map from {', '.join(PARTS)} to a path each")
-        return root / value
-    wanted = block.get("parts", {})
-    require(isinstance(wanted, dict) and all(isinstance(value, list) and value for value in wanted.values()),
-            f"{where}.parts must map a part to a list of split names in the file, such as train: [train, restval]")
-    path, folder = of_part("annotations"), of_part("images")
-    one_file = not isinstance(block["annotations"], dict)
-    file, content = read_json(path, folder, dataset)
-    if isinstance(content, list) and (not content or isinstance(content[0], dict) and "image" in content[0]):
-        entries = read_list(file, content)
-    elif isinstance(content, dict) and isinstance(content.get("images"), list):
-        if "annotations" in content:
-            entries = read_coco(file, content)
-        else:
-            entries, one_file = read_karpathy(file, content, wanted.get(part, [part]), one_file), False
-    else:
-        raise DataError(f"{file}: unknown layout; known: Karpathy {{'images': [{{'filename', 'split', 'sentences'}}]}}, "
-                        "a list [{'image', 'caption'}], COCO {'images', 'annotations'}")
-    require(not one_file, f"{file}: this layout has no splits inside: give one file per part in {where}.annotations, "
-            "such as {train: a.json, val: b.json, test: c.json}")
-    require(entries, f"{file}: holds no images: give a file with at least one")
-    names, captions = [], []
-    for label, steps, texts in entries:
-        for step in steps:
-            safe = posixpath.normpath(step.replace("\\", "/")).split("/")[0] != ".." and not PureWindowsPath(step).anchor
-            require(safe, f"{label}: path {step!r:.80} leaves the image folder: use a path relative to it")
-        texts = [typed(text, str, f"{label}: caption {k}") for k, text in enumerate(texts)]
-        captions.append([text for text in texts if text.strip()])
-        require(captions[-1], f"{label} has no caption: add one or remove the entry")
-        names.append(posixpath.join(*steps))
-    return FileSplit(dataset, names, captions, folder)
+def shapes_split(dataset, block, part, root):
+    where, kinds = f"configs: datasets.{dataset}", {"size": int, "seed": int, "scenes": dict}
+    size, seed, counts = (typed(block.get(key), kind, f"{where}.{key}") for key, kind in kinds.items())
+    count = typed(counts.get(part), int, f"{where}.scenes.{part}")
+    require(block["kind"] == "shapes" and count >= 1 and 16 <= size <= 1024 and seed >= 0,
+            f"{where} must have kind shapes, size 16 to 1024, seed 0 or more, and 1 or more scenes of a part")
+    scenes = shapes.scenes_of(PARTS.index(part), count, size, seed)
+    return ShapesSplit(dataset, [f"{part}_{i:05d}" for i in range(count)], scenes)
 
 
-def read_json(path, folder, dataset):
+# ---- caption files -----------------------------------------------------------------------------------------
+def file_split(dataset, block, part, root):
+    """One part of a data set on disk. The content of its JSON tells the layout."""
+    where, paths = f"configs: datasets.{dataset}", {}
+    for key in ("annotations", "images"):
+        path = block.get(key)
+        path = path.get(part) if isinstance(path, dict) else path  # one path, or one for each part
+        paths[key] = root / typed(path, str, f"{where}.{key} of {part}")
+    parts = typed(block.get("parts", {}), dict, f"{where}.parts")
+    wanted = typed(parts.get(part, [part]), list, f"{where}.parts.{part}")
+    file, content = read_json(paths["annotations"], paths["images"])
+    is_coco = isinstance(content, dict) and "annotations" in content
+    read = read_list if isinstance(content, list) else read_coco if is_coco else read_karpathy
+    captions, seen = {}, Counter()
+    for label, split, path, texts in read(file, content):
+        require(split or isinstance(block["annotations"], dict), f"{label} has no split: give one file per "
+                f"part in {where}.annotations, as {{train: a.json, val: b.json, test: c.json}}")
+        seen[split] += 1
+        if not split or split in wanted:
+            captions.setdefault(path, (label, []))[1].extend(text for text in texts if text.strip())
+    found = ", ".join(f"{split!r:.80} ({n})" for split, n in seen.most_common(8)) or "none"
+    require(captions, f"{file}: no image of split {str(wanted)[1:-1]}; it has {found}: change {where}.parts")
+    for label, texts in captions.values():
+        require(texts, f"{label} has no caption: add one or remove the entry")
+    return FileSplit(dataset, list(captions), [texts for _, texts in captions.values()], paths["images"])
+
+
+def read_json(path, folder):
     """-> (the file that was read: path, or path.gz where only that exists; its content)."""
-    zipped = path.with_name(path.name + ".gz")
-    file = zipped if zipped.is_file() and not path.is_file() else path
+    file = path if os.path.isfile(path) else Path(f"{path}.gz")
+    require(os.path.isfile(file), f"{path}: no such file (Karpathy's: cs.stanford.edu/people/karpathy/"
+            f"deepimagesent), with images in {folder}: fetch both or change --data-root; "
+            "`--backbone vit_micro` needs no download")
     try:
         with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as stream:
-            data = stream.read(MAX_JSON + 1)
-        require(len(data) <= MAX_JSON, f"{file}: holds more than {MAX_JSON:,} bytes: divide it over several data sets")
-        return file, json.loads(data.decode("utf-8-sig"))
-    except FileNotFoundError:
-        source = " (Karpathy's split file: cs.stanford.edu/people/karpathy/deepimagesent)" * path.name.startswith("dataset_")
-        raise DataError(f"{path}: no such file: {dataset} needs {path.name!r}{source} there and its images in {folder}; is "
-                        "--data-root right? `--backbone vit_micro` trains on the built-in scenes without a download") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file}: not valid UTF-8 at byte {error.start}: save the file as UTF-8") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{file}: not JSON ({brief(error)}): fetch or write the file again") from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{file}: cannot be read ({brief(error)}): fetch it again or check its permissions") from None
+            content = stream.read(MAX_JSON + 1)
+        require(len(content) <= MAX_JSON, f"{file}: holds more than {MAX_JSON:,} bytes: divide the data set")
+        return file, json.loads(content.decode("utf-8-sig"))
+    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
+        raise UserError(f"{file}: cannot be read as JSON in UTF-8 ({error}): fetch it again") from None
 
 
-def typed(value, kind, label):
-    """value, if it is of type `kind`, and text that can be encoded if that is str."""
-    if type(value) is not kind:
-        found = "missing" if value is None else type(value).__name__
-        raise DataError(f"{label} is {found}, must be {kind.__name__}: correct the entry")
-    if kind is str and not value.isascii() and re.search("[\ud800-\udfff]", value):
-        raise DataError(f"{label} holds half a surrogate pair, which is not text: correct the entry")
-    return value
+def labelled(where, what, entries, key=None):
+    """Yields (label for messages, entry): the label says where it is, its index, and its value of `key`."""
+    for i, entry in enumerate(entries):
+        value = f" ({entry[key]!r:.80})" if isinstance(entry, dict) and key in entry else ""
+        yield f"{where}: {what} {i}{value}", entry
 
 
-def labelled(file, items, name_key, what="entry"):
-    """Yields (label, entry): the label names the file, the index and the image's name where the entry has one."""
-    for i, entry in enumerate(items):
-        name = f" ({entry[name_key]!r:.80})" if type(entry) is dict and name_key in entry else ""
-        yield f"{file}: {what} {i}{name}", typed(entry, dict, f"{file}: {what} {i}")
+def field(label, entry, key, kind=str, default=None):
+    return typed(typed(entry, dict, label).get(key, default), kind, f"{label}: {key!r}")
 
 
-def read_karpathy(file, content, wanted, need_split):
-    """{"images": [{filepath?, filename, split, sentences: [{raw}]}]}, the entries of the wanted splits."""
-    entries, seen = [], Counter()
-    for label, entry in labelled(file, content["images"], "filename"):
-        split = typed(entry.get("split"), str, f"{label}: 'split'") if need_split or "split" in entry else wanted[0]
-        seen[split] += 1
-        if split not in wanted:
-            continue
-        steps = (typed(entry.get("filepath", "images"), str, f"{label}: 'filepath'"),
-                 typed(entry.get("filename"), str, f"{label}: 'filename'"))
-        sentences = typed(entry.get("sentences"), list, f"{label}: 'sentences'")
-        entries.append((label, steps, [typed(s, dict, f"{label}: sentence {k}").get("raw") for k, s in enumerate(sentences)]))
-    found = ", ".join(f"{split!r:.80} ({n})" for split, n in seen.most_common(8)) or "no images"
-    require(entries, f"{file}: no image of split {' or '.join(map(repr, wanted))}; the file has {found}: change `parts`")
-    return entries
+def image_path(label, *steps):
+    """The steps, joined. None of them may leave the image folder, by any system's rules."""
+    for step in steps:
+        leaves = re.search(r"^[/\\]|^.:|(^|[/\\])\.\.($|[/\\])", step)  # a root, a drive, or a step up
+        require(not leaves, f"{label}: path {step!r:.80} leaves the image folder: use a path relative to it")
+    return posixpath.join(*steps)
+
+
+# Each reader yields (label for messages, split or "", path below the image folder, captions) of every entry.
+def read_karpathy(file, content):
+    """{"images": [{filepath?, filename, split?, sentences: [{raw}]}]}"""
+    for label, entry in labelled(file, "entry", field(file, content, "images", list), "filename"):
+        folder, name = field(label, entry, "filepath", default="images"), field(label, entry, "filename")
+        sentences = labelled(label, "sentence", field(label, entry, "sentences", list))
+        texts = (field(place, sentence, "raw") for place, sentence in sentences)
+        yield label, field(label, entry, "split", default=""), image_path(label, folder, name), texts
 
 
 def read_list(file, content):
-    """[{"image", "caption": str or [str]}]; entries of one image are merged."""
-    entries = {}
-    for label, entry in labelled(file, content, "image"):
-        name, texts = typed(entry.get("image"), str, f"{label}: 'image'"), entry.get("caption")
-        texts = texts if type(texts) is list else [typed(texts, str, f"{label}: 'caption'")]
-        entries.setdefault(name, (label, (name,), []))[2].extend(texts)
-    return list(entries.values())
+    """[{"image", "caption": str or [str]}]"""
+    for label, entry in labelled(file, "entry", content, "image"):
+        path = image_path(label, field(label, entry, "image"))
+        texts = entry["caption"] if isinstance(entry.get("caption"), list) else [entry.get("caption")]
+        yield label, "", path, [typed(text, str, f"{label}: caption {k}") for k, text in enumerate(texts)]
 
 
 def read_coco(file, content):
-    """{"images": [{id, file_name}], "annotations": [{image_id, caption}]}."""
-    entries = {}
-    for label, entry in labelled(file, content["images"], "file_name", "image"):
-        key = typed(entry.get("id"), int, f"{label}: 'id'")
-        require(key not in entries, f"{label}: id {key} is another image's already: give every image its own")
-        entries[key] = (label, (typed(entry.get("file_name"), str, f"{label}: 'file_name'"),), [])
-    for label, entry in labelled(file, typed(content["annotations"], list, f"{file}: 'annotations'"), "id", "annotation"):
-        key = typed(entry.get("image_id"), int, f"{label}: 'image_id'")
-        require(key in entries, f"{label}: no image has the id {key}: add the image or remove the annotation")
-        entries[key][2].append(typed(entry.get("caption"), str, f"{label}: 'caption'"))
-    return list(entries.values())
+    """{"images": [{id, file_name}], "annotations": [{image_id, caption}]}"""
+    texts = {}
+    for label, entry in labelled(file, "annotation", field(file, content, "annotations", list)):
+        texts.setdefault(field(label, entry, "image_id", int), []).append(field(label, entry, "caption"))
+    for label, entry in labelled(file, "image", field(file, content, "images", list), "file_name"):
+        path = image_path(label, field(label, entry, "file_name"))
+        yield label, "", path, texts.pop(field(label, entry, "id", int), [])
+    require(not texts, f"{file}: annotations name an image {next(iter(texts), 0)} that is not there: add it")
 
 
-# ---- tokens ----------------------------------------------------------------------------------------------------------
-def load_tokenizer(name, captions=None):
-    """The tokenizer `name`: a local folder, or a name in the hub's cache or on the hub.
-    captions: give them where a vocabulary of one's own will do (a text encoder from scratch); it is built from them
-    when name is None or cannot be loaded."""
-    try:
-        require(name is not None, "text.name is not set")
-        tok = hub.load(name, lambda **where: AutoTokenizer.from_pretrained(name, trust_remote_code=False, **where))
-        require(isinstance(tok, PreTrainedTokenizerFast), "it has no fast tokenizer")
-    except (OSError, DataError) as error:
-        require(captions, f"text.name: no tokenizer ({error}): give a local folder with --set text.name=DIR")
-        if name is not None:
-            warnings.warn(f"tokenizer {name!r} cannot be loaded: using a vocabulary built from the captions")
-        return build_tokenizer(captions)
-    if tok.pad_token is None:  # padding is masked everywhere, so any token will do
-        tok.pad_token = tok.eos_token or tok.unk_token
-    return tok
+# ---- captions as tokens ------------------------------------------------------------------------------------
+def encode(tokenizer, texts, max_length):
+    """The fast tokeniser's encodings, cut to max_length tokens, those that it adds included."""
+    backend = tokenizer.backend_tokenizer
+    least = 1 + backend.num_special_tokens_to_add(False)
+    require(max_length >= least, f"text.max_length is {max_length}: with this tokeniser at least {least}")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # else every forked worker prints a warning
+    backend.enable_truncation(max_length)
+    backend.no_padding()
+    return backend.encode_batch(list(texts))
 
 
-def build_tokenizer(captions):
-    """Lower-case words and punctuation marks; the vocabulary is every word of the captions, frequent ones first."""
-    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
-    normalizer, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
-    counts = Counter(word for text in captions for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text)))
-    words = sorted(counts, key=lambda word: (-counts[word], word))
-    ids = {word: i for i, word in enumerate([*special.values(), *words])}
-    tok = Tokenizer(models.WordLevel(ids, unk_token="[UNK]"))
-    tok.normalizer, tok.pre_tokenizer = normalizer, splitter
-    tok.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[(mark, ids[mark]) for mark in ("[CLS]", "[SEP]")])
-    return PreTrainedTokenizerFast(tokenizer_object=tok, **special)
+def tokenize(tokenizer, texts, max_length):
+    """-> list of int32 (2, M): token ids; 1 on the caption's own tokens, 0 on those that the tokeniser added.
+    A caption without an own token has 1 everywhere; one without any token becomes one of padding."""
+    captions = []
+    for encoding in encode(tokenizer, texts, max_length):
+        ids, own = encoding.ids or [tokenizer.pad_token_id], [1 - n for n in encoding.special_tokens_mask]
+        captions.append(np.array([ids, own if any(own) else [1] * len(ids)], dtype=np.int32))
+    return captions
 
 
-def tokenizer_state(tok):
-    """A tokenizer as plain strings, for a checkpoint that loads with weights_only=True."""
-    state = json.loads(tok.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}  # those are of the last call
-    special = {key: str(token) for key, token in tok.special_tokens_map.items() if isinstance(token, str)}
-    return {"tokenizer": json.dumps(state), "special": special}
+def token_offsets(tokenizer, texts, max_length):
+    """-> for every caption of `tokenize` its tokens' [(first character, last + 1)], (0, 0) for added ones."""
+    return [encoding.offsets or [(0, 0)] for encoding in encode(tokenizer, texts, max_length)]
 
 
-def tokenizer_from_state(state):
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(state["tokenizer"]), **state["special"])
-
-
-def tokenize(tok, texts, max_length):
-    """-> list of int32 (M,), M <= max_length with the special tokens, which truncation keeps."""
-    require(max_length >= 3, f"text.max_length is {max_length}: at least 3, for a word between two special tokens")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # said aloud, else every forked worker prints a warning
-    tok.backend_tokenizer.enable_truncation(max_length)
-    tok.backend_tokenizer.no_padding()
-    return [np.array(e.ids, dtype=np.int32) for e in tok.backend_tokenizer.encode_batch_fast(list(texts))]
+def ordinary_ids(tokenizer):
+    """int64 (n,): the ids of the tokens that are not special."""
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return np.array(sorted(set(tokenizer.get_vocab().values()) - special))
 
 
 def mirror_words(text):
     """Swaps "left" and "right": what the caption says of its image's mirror image."""
-    other = {"left": "right", "Left": "Right", "LEFT": "RIGHT", "right": "left", "Right": "Left", "RIGHT": "LEFT"}
+    other = {"left": "right", "Left": "Right", "right": "left", "Right": "Left"}
     return re.sub(rf"\b({'|'.join(other)})\b", lambda match: other[match[0]], text)
 
 
-def mirror_tokens(tok, texts, max_length):
-    """{text index: ids of the mirrored caption}, for the captions that change (0.7% of Flickr30K's)."""
+def mirror_tokens(tokenizer, texts, max_length):
+    """{text index: tokens of the mirrored caption}, for the captions that change."""
     mirrored = {i: new for i, text in enumerate(texts) if (new := mirror_words(text)) != text}
-    return dict(zip(mirrored, tokenize(tok, mirrored.values(), max_length))) if mirrored else {}
+    return dict(zip(mirrored, tokenize(tokenizer, mirrored.values(), max_length)))
 
 
-def augment_tokens(ids, rng, drop, mask, mask_id):
-    """Drops a token with probability `drop`, replaces it by mask_id with probability `mask` (mask_id None: never).
-    ids: (M,); the first and the last are special and stay; at least one inner token stays."""
-    inner = ids[1:-1].copy()
-    u = rng.random(len(inner))
-    keep = u >= drop
+def augment_tokens(caption, rng, drop, mask, random, mask_id, word_ids):
+    """Own tokens of a caption (2, M) leave with probability `drop`, become mask_id with probability `mask`,
+    if there is one, and any of word_ids (n,) with probability `random`. At least one stays."""
+    ids, own = caption[0].copy(), np.flatnonzero(caption[1])
+    fate = np.searchsorted(np.cumsum([drop, mask, random]), rng.random(len(own)), side="right")
     if mask_id is not None:
-        inner[keep & (u < drop + mask)] = mask_id
-    if len(inner) and not keep.any():
-        keep[rng.integers(len(inner))] = True
-    return np.concatenate([ids[:1], inner[keep], ids[-1:]])
+        ids[own[fate == 1]] = mask_id
+    ids[own[fate == 2]] = rng.choice(word_ids, (fate == 2).sum())
+    if (fate == 0).all():
+        fate[rng.integers(len(own))] = 3
+    return np.delete(np.stack([ids, caption[1]]), own[fate == 0], axis=1)
 
 
-def pad(token_ids, pad_id):
-    """list of (M_i,) -> ids (B, M) int64, valid (B, M) bool."""
-    lengths = torch.tensor([len(ids) for ids in token_ids])[:, None]
-    valid = torch.arange(int(lengths.max())) < lengths
-    tokens = [torch.as_tensor(ids).long() for ids in token_ids]
-    return torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=pad_id), valid
+def pad(captions, pad_id):
+    """list of (2, M) -> ids (B, M) int64, valid (B, M): not padding, words (B, M) bool: the captions' own."""
+    columns = [torch.from_numpy(c.T).long() for c in captions]
+    ids, words = torch.nn.utils.rnn.pad_sequence(columns, batch_first=True).unbind(-1)
+    valid = torch.arange(ids.shape[1]) < torch.tensor([[c.shape[1]] for c in captions])
+    return ids.masked_fill(~valid, pad_id), valid, words.bool()
 
 
-def text_batches(token_ids, batch_size, pad_id):
-    """Yields (indices (b,), ids (b, M) int64, valid (b, M) bool), longest first, so that there is little padding."""
-    order = np.argsort([-len(ids) for ids in token_ids], kind="stable")
+def text_batches(captions, batch_size, pad_id):
+    """Yields (indices (b,), ids, valid, words (b, M)), longest first, so that there is little padding."""
+    order = np.argsort([-caption.shape[1] for caption in captions], kind="stable")
     for indices in np.split(order, range(batch_size, len(order), batch_size)):
-        yield torch.from_numpy(indices), *pad([token_ids[i] for i in indices], pad_id)
+        yield torch.from_numpy(indices), *pad([captions[i] for i in indices], pad_id)
 
 
-# ---- items and batches -----------------------------------------------------------------------------------------------
-def image_transform(size, mean, std, train, crop=(0.6, 1.0)):
-    """PIL image -> (3, size, size) float32, normalised.
-    Training crops a random share `crop` of the area; (1, 1) is no crop. Evaluation squashes the whole image into the
-    square, as LAPS and VSE do: nothing that a caption mentions is cut off."""
-    resize = T.Resize((size, size), T.InterpolationMode.BICUBIC, antialias=True)
+# ---- items and batches -------------------------------------------------------------------------------------
+def image_transform(size, mean, std, train, crop=(1, 1)):
+    """PIL image -> (3, size, size) float32, normalised. Evaluation squashes the whole image into the square;
+    training crops a random share of the area first, between the two of `crop`."""
+    resize = T.Resize((size, size), T.InterpolationMode.BICUBIC)
     if train and tuple(crop) != (1, 1):
-        resize = T.RandomResizedCrop(size, scale=tuple(crop), interpolation=T.InterpolationMode.BICUBIC, antialias=True)
-    # on bytes in a tensor, which torchvision resizes twice as fast as Pillow, nearly everywhere to within a grey level of it
-    transform = T.Compose([T.PILToTensor(), resize, T.ToDtype(torch.float32, scale=True), T.Normalize(mean, std)])
+        resize = T.RandomResizedCrop(size, scale=tuple(crop), interpolation=T.InterpolationMode.BICUBIC)
+    to_float = T.ToDtype(torch.float32, scale=True)  # after resizing, which is faster on bytes
+    transform = T.Compose([T.PILToTensor(), resize, to_float, T.Normalize(mean, std)])
     transform.size = size  # tells load_image how large a decoded image must be
     return transform
 
 
 class PairSampler:
-    """Batches of (image, text, item seed) of one epoch; the same whatever the number of workers, so that runs resume.
-    mode "captions": every caption once an epoch; "images": every image once, with a random caption of it.
-    The caller sets `epoch`, and `start`: how many of the epoch's batches to skip (back to 0 for the next epoch).
-    With several ranks, each yields its part of every batch; the parts differ by at most one."""
+    """Batches of (image, text, item seed) of one epoch, the same for any number of workers: runs can resume.
+    mode "captions": every caption once; "images": every image once, with any caption of it. The caller sets
+    `epoch`, and `start`, how many of its batches to skip. Each rank yields its part of every batch."""
 
-    def __init__(self, split, batch_size, epoch_mode, seed, drop_last=True, rank=0, ranks=1):
-        require(epoch_mode in ("captions", "images"), f"unknown data.epoch {epoch_mode!r}; valid: captions, images")
-        self.rank, self.ranks = rank, ranks
-        self.image_of_text, self.images, self.batch_size = split.image_of_text, len(split), batch_size
-        self.mode, self.seed, self.drop_last, self.epoch, self.start = epoch_mode, seed, drop_last, 0, 0
+    def __init__(self, split, batch_size, mode, seed, rank=0, ranks=1):
+        require(mode in ("captions", "images"), f"unknown data.epoch {mode!r}; valid: captions, images")
+        self.image_of_text, self.items = split.image_of_text, len(split if mode == "images" else split.texts)
+        self.batch_size, self.mode, self.seed = batch_size, mode, seed
+        self.rank, self.ranks, self.epoch, self.start = rank, ranks, 0, 0
 
     def __len__(self):
-        n = self.items
-        return max(1, n // self.batch_size) if self.drop_last else math.ceil(n / self.batch_size)
-
-    @property
-    def items(self):
-        return self.images if self.mode == "images" else len(self.image_of_text)
+        return max(1, self.items // self.batch_size)
 
     def __iter__(self):
         rng = np.random.default_rng([self.seed, self.epoch])
+        texts = rng.permutation(len(self.image_of_text))
         if self.mode == "images":
-            images = rng.permutation(self.images)
-            texts = rng.integers(np.searchsorted(self.image_of_text, images),
-                                 np.searchsorted(self.image_of_text, images, side="right"))
-        else:
-            texts = rng.permutation(len(self.image_of_text))
-            images = self.image_of_text[texts]
-        items = list(zip(images.tolist(), texts.tolist(), rng.integers(2 ** 62, size=len(texts)).tolist()))
+            _, first = np.unique(self.image_of_text[texts], return_index=True)
+            texts = rng.permutation(texts[first])
+        images, seeds = self.image_of_text[texts], rng.integers(2 ** 62, size=len(texts))
+        items = list(zip(images.tolist(), texts.tolist(), seeds.tolist()))
         for b in range(self.start, len(self)):
             batch = items[b * self.batch_size:(b + 1) * self.batch_size]
             yield batch[len(batch) * self.rank // self.ranks:len(batch) * (self.rank + 1) // self.ranks]
 
 
 class TrainPairs(torch.utils.data.Dataset):
-    """(image, text, item seed) -> (image (3, H, W) float32, ids (M,) int64, image); all randomness is the item seed's.
-    flip: probability of mirroring the image, and left and right in its caption: `mirrored` is what mirror_tokens gives.
-    skip_bad: another pair, which the seed decides, takes the place of one whose image cannot be read; `bad` (images,) bool
-    notes it, in memory that the data-loading processes share."""
+    """(image, text, item seed) -> (image (3, H, W) float32, caption (2, M), image); the seed decides all.
+    mirrored: captions of flipped images, from mirror_tokens. skip_bad: another pair stands in for one whose
+    image cannot be read; `bad` (images,) bool notes it, in memory that the loader's workers share."""
 
-    def __init__(self, split, token_ids, transform, mask_id, word_drop, word_mask, flip=0.0, mirrored=None, skip_bad=False):
-        self.split, self.token_ids, self.transform, self.mirrored = split, token_ids, transform, mirrored
-        self.mask_id, self.word_drop, self.word_mask, self.flip = mask_id, word_drop, word_mask, flip
-        self.skip_bad, self.bad = skip_bad, torch.zeros(len(split), dtype=torch.bool).share_memory_()
+    def __init__(self, split, captions, transform, augment, tokenizer, mirrored=None, skip_bad=False):
+        self.split, self.captions, self.mirrored = split, captions, mirrored or {}
+        self.transform, self.augment, self.skip_bad = transform, augment, skip_bad
+        self.mask_id, self.word_ids = tokenizer.mask_token_id, ordinary_ids(tokenizer)
+        self.bad = torch.zeros(len(split), dtype=torch.bool).share_memory_()
 
-    def load(self, image, text, seed):
+    def load(self, image, text, seed, tries=10):
         """-> (pixels, image, text), of the pair asked for or of one in its place."""
-        size, others = self.transform.size, np.random.default_rng([seed, 1])
-        for _ in range(REPLACEMENTS if self.skip_bad else 0):
-            try:
-                return self.split.load_image(image, size), image, text
-            except DataError:
-                self.bad[image] = True
-            text = int(others.integers(len(self.token_ids)))
-            image = int(self.split.image_of_text[text])
-        return self.split.load_image(image, size), image, text
+        try:
+            return self.split.load_image(image, self.transform.size), image, text
+        except UserError:
+            if not self.skip_bad or not tries:
+                raise
+        self.bad[image] = True
+        other = int(np.random.default_rng([seed, tries]).integers(len(self.captions)))
+        return self.load(int(self.split.image_of_text[other]), other, seed, tries - 1)
 
     def __getitem__(self, item):
         image, text, seed = item
         rng = np.random.default_rng(seed)
         pixels, image, text = self.load(image, text, seed)
-        ids = self.token_ids[text]
-        if rng.random() < self.flip:
-            pixels, ids = ImageOps.mirror(pixels), self.mirrored.get(text, ids)
-        ids = augment_tokens(ids, rng, self.word_drop, self.word_mask, self.mask_id)
+        caption = self.captions[text]
+        if rng.random() < self.augment["flip"]:
+            pixels, caption = ImageOps.mirror(pixels), self.mirrored.get(text, caption)
+        rates = (self.augment[key] for key in ("word_drop", "word_mask", "word_random"))
+        caption = augment_tokens(caption, rng, *rates, self.mask_id, self.word_ids)
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the accelerator as well
-            pixels = self.transform(pixels)
-        return pixels, torch.from_numpy(ids.astype(np.int64)), image
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the accelerator too
+            return self.transform(pixels), caption, image
 
 
 @dataclass
 class Collate:
-    """Items of TrainPairs -> {"images" (B,3,H,W), "ids" (B,M) int64, "valid" (B,M) bool, "image_ids" (B,) int64}."""
+    """Items of TrainPairs -> {"images" (B, 3, H, W), "ids", "valid", "words" (B, M), "image_ids" (B,)}"""
     pad_id: int
 
     def __call__(self, items):
-        images, token_ids, image_ids = zip(*items)
-        ids, valid = pad(token_ids, self.pad_id)
-        return {"images": torch.stack(images), "ids": ids, "valid": valid, "image_ids": torch.tensor(image_ids)}
+        images, captions, image_ids = zip(*items)
+        text = dict(zip(("ids", "valid", "words"), pad(captions, self.pad_id)))
+        return {"images": torch.stack(images), "image_ids": torch.tensor(image_ids), **text}
 
 
 class EvalImages(torch.utils.data.Dataset):
@@ -508,37 +418,3 @@ class EvalImages(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         return self.transform(self.split.load_image(i, self.transform.size))
-
-
-class ShapesSplit(Split):
-    """Scenes drawn from (seed, part, index), no files."""
-
-    def __init__(self, name, image_names, scenes):
-        super().__init__(name, image_names, [scene.captions for scene in scenes])
-        self.scenes = scenes
-
-    def subset(self, indices):
-        return ShapesSplit(self.name, self.image_names[indices], self.scenes[indices])
-
-    def load_image(self, i, size=None):  # of the data set's own size, whatever `size`
-        return Image.fromarray(self.scenes[i].pixels)
-
-    def phrases(self, i):
-        return self.scenes[i].phrases
-
-    def objects(self, i):
-        return [o.box for o in self.scenes[i].objects]
-
-    def outlines(self, i):
-        return [o.outline for o in self.scenes[i].objects]
-
-
-def shapes_split(block, part, where):
-    size, seed, scenes = block.get("size", 64), block.get("seed", 0), block.get("scenes", dict(train=4000, val=1000, test=1000))
-    require(block["kind"] == "shapes", f"{where}.kind is {block['kind']!r}; valid: shapes (leave it out for files)")
-    require(type(size) is int and 16 <= size <= 1024, f"{where}.size must be a whole number from 16 to 1024")
-    require(type(seed) is int and seed >= 0, f"{where}.seed must be a whole number >= 0")
-    count = scenes.get(part) if isinstance(scenes, dict) else None
-    require(type(count) is int and count >= 1, f"{where}.scenes must map {part} to a whole number >= 1")
-    drawn = {f"{part}_{i:05d}": Scene([seed, PARTS.index(part), i], size) for i in range(count)}
-    return ShapesSplit("shapes", list(drawn), list(drawn.values()))

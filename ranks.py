@@ -1,87 +1,170 @@
-"""One batch over several processes ("ranks"), as torchrun starts them; with one process, everything here does nothing.
+"""Training in several processes ("ranks"), as torchrun starts them. One process passes through none of this.
 
-Each rank encodes its part of the batch. Captions travel, images, which have more tokens, stay: a rank compares its images
-with the captions of all, (b, B) of the similarity (B, B), and the ranks exchange these rows, so that no pair is computed
-twice. Every rank then has the whole loss; exchanging sums the gradients of the R ranks and DistributedDataParallel divides
-them by R, so that the parameters get the gradient of one process with the whole batch.
+Each rank encodes its part of the batch. Captions travel; images, which have more tokens, stay: a rank
+compares its images with the captions of all, and the ranks exchange these rows, so that no pair is computed
+twice. Every rank then has the loss of the whole batch. The gradients of the ranks are averaged, which gives
+every parameter the gradient that one process would compute.
 """
 import os
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 import modules
+from data import require
 
-REGULARISERS = ("consistency", "kl", "entropy")                # means over the batch that need no other rank's pairs
+REGULARISERS = ("consistency", "kl", "entropy")         # means over the batch that need no other rank's pairs
+BUCKET = 2 ** 25                                               # numbers that travel in one message
+
+
+def shared(run_class):
+    """The class of a run, such as train_grm.Run, for one rank of several."""
+    return type("SharedRun", (SharedRun, run_class), {})
+
+
+class SharedRun:
+    """What differs from train_grm.Run, which comes after it in the order of methods."""
+
+    def __init__(self, config, out, device, signals, resume):
+        device = start()
+        self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+        super().__init__(config, out, device, signals, resume)
+        if self.rank and not resume:                           # weights alike, noise each rank's own
+            torch.manual_seed(config["train"]["seed"] + self.rank)
+
+    def build_loader(self):
+        super().build_loader()
+        smallest = min(self.sampler.batch_size, self.sampler.items)
+        require(smallest >= self.ranks, f"{self.ranks} processes cannot share a batch of {smallest}: raise "
+                                        "train.batch_size or lower --nproc_per_node")
+
+    # ---- a step --------------------------------------------------------------------------------------------
+    def loss(self, image, text, image_ids, progress):
+        return shared_loss(self.model, image, text, image_ids, self.config["loss"], progress)
+
+    def gradients(self, batch, progress):
+        total, terms, image, text = super().gradients(batch, progress)
+        average([p.grad for p in self.model.parameters() if p.grad is not None])
+        average(values := [total, *terms.values()])
+        return values[0], dict(zip(terms, values[1:])), image, text
+
+    def stop_or_late(self):
+        flags = torch.tensor(super().stop_or_late(), device=self.device, dtype=torch.int)
+        dist.all_reduce(flags)                                 # one rank's signal stops all, at the same step
+        return tuple(bool(flag) for flag in flags.tolist())
+
+    # ---- evaluation: each rank encodes a share of the captions and scores a share of the images ------------
+    def evaluate(self, split, folds=(1,)):
+        matcher = self.matcher()
+        title = split.name if self.rank == 0 and self.progress else None
+        own = slice(self.rank, None, self.ranks)
+        shares = gather_objects(matcher.caption_batches(split.texts, 512, title, own))
+        texts = [batch for share in shares for batch in share]
+        first, last = (len(split) * rank // self.ranks for rank in (self.rank, self.rank + 1))
+        rows = matcher.score_rows(split, range(first, last), texts, 128, title)
+        parts = gather_objects({level: matrix.clone() for level, matrix in rows.items()})
+        whole = {level: torch.cat([part[level] for part in parts]) for level in rows}
+        return matcher.figures(whole, split, folds)
+
+    def validate(self):
+        for buffer in self.model.buffers():             # batch norm's statistics, if any, are each rank's own
+            dist.broadcast(buffer, 0)
+        super().validate()
+
+    # ---- files and messages are rank 0's -------------------------------------------------------------------
+    def prepare_folder(self, resume):
+        if self.rank == 0:
+            super().prepare_folder(resume)
+        else:
+            self.metrics = open(os.devnull, "ab", buffering=0)
+        dist.barrier()
+
+    def save(self, *args):
+        if self.rank == 0:
+            super().save(*args)
+        dist.barrier()
+
+    def load_best(self):
+        dist.barrier()
+        super().load_best()
+
+    def test(self):
+        super().test()
+        dist.destroy_process_group()                           # or NCCL warns as the process ends
+
+    def say(self, text):
+        if self.rank == 0:
+            super().say(text)
+
+    # ---- what every rank has a part of ---------------------------------------------------------------------
+    def random_states(self):
+        return [state for states in gather_objects(super().random_states()) for state in states]
+
+    def bad_images(self):
+        return torch.stack(gather_objects(super().bad_images())).any(0)
+
+    def image_ids(self, batch):
+        return [i for ids in gather_objects(super().image_ids(batch)) for i in ids]
 
 
 def start() -> torch.device:
-    """Joins the processes that torchrun started, if it did: NCCL between GPUs, gloo on the CPU. -> this rank's device."""
-    cuda = torch.cuda.is_available()
-    if "RANK" not in os.environ:
-        return torch.device("cuda" if cuda else "cpu")
-    local = int(os.environ["LOCAL_RANK"])
-    if cuda and local >= torch.cuda.device_count():
-        raise modules.ModelError(f"torchrun asks for {local + 1} processes or more here, one per GPU, and there are "
-                                 f"{torch.cuda.device_count()} GPUs: lower --nproc_per_node")
-    if cuda:
+    """Joins the processes that torchrun started: NCCL between GPUs, gloo on the CPU -> this rank's device."""
+    local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    require(not gpus or local < gpus, f"torchrun asks for {local + 1} processes or more here, one per GPU, "
+                                      f"and there are {gpus} GPUs: lower --nproc_per_node")
+    if gpus:
         torch.cuda.set_device(local)
-    dist.init_process_group("nccl" if cuda else "gloo")
-    return torch.device("cuda", local) if cuda else torch.device("cpu")
+    dist.init_process_group("nccl" if gpus else "gloo")
+    return torch.device("cuda", local) if gpus else torch.device("cpu")
 
 
-def finish():
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
+def shared_loss(model: modules.GRM, image, text, image_ids: Tensor, loss: dict, progress: float):
+    """GRM.loss for b of the B pairs of a batch -> loss and terms whose means over the ranks are those of the
+    batch."""
+    valid, mask = (x[..., None].to(text.tokens) for x in (text.valid, text.mask))
+    packed = gather(torch.cat([text.tokens, valid, mask], -1))             # (B, M, d + 2)
+    text = modules.TextFeatures(packed[..., :-2], packed[..., -2] > 0, packed[..., -1])
+    rows = model.similarity(image, text)                                               # (b, B) for each level
+    whole = gather(torch.stack(list(rows.values()), 1))                                    # (B, levels, B)
+    ids = gather(image_ids)
+    share = dist.get_world_size() * len(image_ids) / len(ids)        # 1, but for the parts of an uneven batch
+    loss = loss | {name: share * loss[name] for name in REGULARISERS}
+    total, terms = model.loss_of(dict(zip(rows, whole.unbind(1))), image, ids, loss, progress)
+    return total, {name: share * term if name in REGULARISERS else term for name, term in terms.items()}
 
 
-def rank() -> int:
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-
-def count() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def wait():
-    if count() > 1:
-        dist.barrier()
-
-
-def sum_over(x: Tensor) -> Tensor:
-    """x, overwritten by the sum of every rank's."""
-    if count() > 1:
-        dist.all_reduce(x)
-    return x
-
-
-def broadcast(tensors):
-    """Overwrites the tensors with rank 0's."""
-    for tensor in tensors if count() > 1 else ():
-        dist.broadcast(tensor, 0)
+def average(tensors: list[Tensor]):
+    """Overwrites every tensor with its mean over the ranks. Small ones travel together."""
+    bucket, size = [], 0
+    for n, tensor in enumerate(tensors, 1):
+        bucket.append(tensor)
+        size += tensor.numel()
+        if size >= BUCKET or n == len(tensors):
+            flat = torch.cat([x.float().flatten() for x in bucket])
+            dist.all_reduce(flat)
+            for x, mean in zip(bucket, (flat / dist.get_world_size()).split([x.numel() for x in bucket])):
+                x.copy_(mean.view_as(x))
+            bucket, size = [], 0
 
 
 def gather(x: Tensor) -> Tensor:
-    """(b, ...) of every rank, b differing, -> (B, ...) in the order of ranks; differentiable. Further dimensions of
-    different size are padded with zeros to the largest."""
-    if count() == 1:
-        return x
-    shapes = torch.tensor(x.shape, device=x.device).repeat(count(), 1)
+    """(b, ...) of every rank, b differing, -> (B, ...) in the order of ranks; differentiable. Further
+    dimensions of different size are padded with zeros to the largest."""
+    shapes = torch.tensor(x.shape, device=x.device).repeat(dist.get_world_size(), 1)
     dist.all_gather(list(shapes.unbind()), shapes[0].clone())
-    padding = (shapes.amax(0) - shapes[rank()]).tolist()
+    padding = (shapes.amax(0) - shapes[dist.get_rank()]).tolist()
     padded = F.pad(x, [n for size in reversed(padding) for n in (0, size)])
     return torch.cat([part[:b] for part, b in zip(_Gather.apply(padded), shapes[:, 0].tolist())])
 
 
 class _Gather(torch.autograd.Function):
-    """(b, ...) of every rank, of the same shape -> (R, b, ...); the gradient is the sum over ranks."""
+    """(b, ...) of every rank, of the same shape -> (R, b, ...). The gradient is the sum over ranks."""
 
     @staticmethod
     def forward(ctx, x):
-        parts = x.new_empty(count(), *x.shape)
+        parts = x.new_empty(dist.get_world_size(), *x.shape)
         dist.all_gather(list(parts.unbind()), x.contiguous())
         return parts
 
@@ -89,55 +172,11 @@ class _Gather(torch.autograd.Function):
     def backward(ctx, grad):
         grad = grad.contiguous()
         dist.all_reduce(grad)                                  # gloo has no reduce-scatter
-        return grad[rank()]
+        return grad[dist.get_rank()]
 
 
-def parallel(model: modules.GRM):
-    """What train_grm.gradients takes: the model, or with several ranks DistributedDataParallel around its shared loss.
-
-    Parameters may be without a gradient (BERT's pooler, the parts of a level of weight 0). Buffers are not exchanged at
-    every step: a rank that encodes its part at once and one that does so in pieces would exchange them out of turn.
-    """
-    if count() == 1:
-        return model
-    shared = DistributedDataParallel(SharedLoss(model), find_unused_parameters=True)
-    shared.broadcast_buffers = False                           # as an argument, its name depends on torch's version
-    return shared
-
-
-class SharedLoss(nn.Module):
-    """GRM.loss of a batch of which every rank holds a part (b pairs of B). One call makes one number to differentiate, for
-    that is what DistributedDataParallel needs to tell which parameters take part."""
-
-    def __init__(self, model: modules.GRM):
-        super().__init__()
-        self.model = model
-
-    def forward(self, inputs: tuple, image_ids: Tensor | None = None, loss: dict | None = None, cached=None):
-        """inputs: images, ids and valid of this rank. With image_ids (b,) and the `loss` block -> loss, terms, features, the
-        last two detached. With the `cached` gradient of each feature -> a number whose gradient carries it on."""
-        image, text = self.model(*inputs)
-        if cached is not None:
-            return sum((x * g).sum() for x, g in zip((*image, *text), cached) if g is not None and x.requires_grad)
-        total, terms = self.loss(image, text, image_ids, loss)
-        return total, terms, *(type(features)(*(x.detach() for x in features)) for features in (image, text))
-
-    def loss(self, image: modules.ImageFeatures, text: modules.TextFeatures, image_ids: Tensor, loss: dict):
-        """-> loss and terms whose means over the ranks are those of the whole batch."""
-        if count() == 1:
-            return self.model.loss(image, text, image_ids, loss)
-        image_ids_of_all = gather(image_ids)
-        share = count() * len(image_ids) / len(image_ids_of_all)           # 1, but for the parts of an uneven batch
-        loss = loss | {name: share * loss[name] for name in REGULARISERS}
-        regularisers = self.model.regularisers(image)                       # first, as in GRM.loss
-        total, terms = self.model.loss_of(self.similarity(image, text), regularisers, image_ids_of_all, loss)
-        return total, {name: share * term if name in REGULARISERS else term for name, term in terms.items()}
-
-    def similarity(self, image: modules.ImageFeatures, text: modules.TextFeatures) -> dict[str, Tensor]:
-        """(B, B) for every level, of which this rank computes its images' rows."""
-        packed = torch.cat([text.tokens, text.valid[..., None].to(text.tokens), text.mask[..., None].to(text.tokens)], -1)
-        packed = gather(packed)                                            # (B, M, d + 2)
-        text = modules.TextFeatures(packed[..., :-2], packed[..., -2] > 0, packed[..., -1])
-        rows = self.model.similarity(image, text)
-        of_all = gather(torch.stack(list(rows.values()), 1))               # (B, levels, B)
-        return dict(zip(rows, of_all.unbind(1)))
+def gather_objects(value) -> list:
+    """Every rank's value, in the order of ranks."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values

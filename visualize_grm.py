@@ -1,15 +1,43 @@
-"""Pictures of what a trained model does with an image and a caption: masks, regions with their variance, and word maps.
+"""Pictures of where the words of a caption are found in its photograph, as Figures 5 and 6 of the paper.
 
-    python visualize_grm.py --ckpt best.pt --image dog.jpg --caption "a dog runs on the grass" --word dog --out dog.png
-    python visualize_grm.py --ckpt best.pt --image dog.jpg cat.jpg --caption "a dog runs" "a cat sleeps" --out both.png
-    python visualize_grm.py --ckpt best.pt --split shapes --out sheet.png
+    python visualize_grm.py --ckpt best.pt --image dog.jpg --caption "a dog runs on the grass" --out dog.png
+    python visualize_grm.py --ckpt best.pt --split f8k_val --words dog ball --out sheet.png
 
-Each patch is coloured by a value: the saliency mask A_V; the cosine between patch and a chosen word, and that times A_V
-(as grounding.py has it); the attention of each region prompt. The words of the caption are coloured by their mask A_T.
+A row shows the photograph, then for each word its cosine with every patch, from least to most similar,
+smoothly enlarged to the photograph's size. Below is the caption, each word shaded by its mask A_T.
+--regions adds the attention of every region, from 0 to its most, and its variance (the prior's is 1).
 """
 import argparse
+
+
+def parse_arguments(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--ckpt", required=True, metavar="FILE", help="checkpoint, as eval_grm.py takes it")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--image", nargs="+", metavar="FILE", help="images of your own, each with a --caption")
+    what.add_argument("--split", default="shapes", metavar="NAME",
+                      help="images of a split or of part of one, as f8k_val[500:] (default: shapes)")
+    parser.add_argument("--caption", nargs="+", metavar="TEXT", help="a caption for each --image")
+    parser.add_argument("--rows", type=int, default=3, metavar="N", help="images of a split (default 3)")
+    parser.add_argument("--words", nargs="+", metavar="WORD",
+                        help="what to look for; of a split, images that have all of it in a caption\n"
+                             "(default: the three content words of highest mask)")
+    parser.add_argument("--regions", action="store_true", help="also draw the attention of each region")
+    parser.add_argument("--size", type=int, metavar="PX", help="encode images at this size, for finer maps")
+    parser.add_argument("--data-root", metavar="DIR", help="folder of data sets (default: as in training)")
+    parser.add_argument("--out", required=True, metavar="FILE", help="picture to write, as sheet.png")
+    args = parser.parse_args(argv)
+    if len(args.image or []) != len(args.caption or []):
+        parser.error("--image and --caption go together, a caption for each image")
+    if args.rows < 1 or args.size is not None and args.size < 1:
+        parser.error("--rows and --size must be at least 1")
+    return args
+
+
+if __name__ == "__main__":
+    ARGUMENTS = parse_arguments()
+
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,203 +45,228 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-import checkpoints
 import data
-import grounding
-import modules
+import eval_grm
+import runs
+from encoders import one_line
+from ground_grm import grid_side, is_function_word, similarity_maps, token_indices, words_of
 
-GAP, MOST_REGIONS = 10, 6                                  # pixels; regions shown, those nearest to the caption first
-SCALE = [(0, 0, 30), (70, 15, 110), (185, 50, 85), (250, 130, 10), (255, 245, 130)]      # colours from 0 to 1, dark to light
+# Pixels of a sheet, which is meant to be shown at half its size.
+PANEL, GAP, MARGIN, LINE, TEXT = 420, 24, 56, 50, 27
+INK, GREY = (30, 30, 34), (110, 110, 118)
+HEAT = [(0, 0, 4), (40, 11, 84), (101, 21, 110), (159, 42, 99), (212, 72, 66), (245, 125, 21), (250, 193, 39),
+        (252, 255, 164)]                                # colours from 0 to 1: matplotlib's inferno
+SHADE = [(255, 255, 255), (255, 190, 70)]               # the same for the mask of a word
 
 
 @dataclass
-class Example:
-    """What is drawn of one image and caption."""
+class Row:
+    """What is drawn of an image and its caption."""
     picture: Image.Image
-    tiles: list[tuple[str, str, np.ndarray | None]]        # title, note, (G, G) values in [0, 1] or None for the image alone
-    words: list[tuple[str, float]]                         # with their masks
+    words: list         # (title, heat (G, G) in [0, 1]) of each word
+    regions: list       # the same of each region
+    caption: list       # (word, mask) of every word
 
 
-def colours(values: np.ndarray) -> np.ndarray:
-    """(...) in [0, 1] -> (..., 3) float colours of the scale."""
-    return np.stack([np.interp(values, np.linspace(0, 1, len(SCALE)), channel) for channel in zip(*SCALE)], -1)
+# ---- what the model sees -----------------------------------------------------------------------------------
+def find_word(caption, word):
+    """(start, end) of a whole word or phrase in the caption, in any case, or None."""
+    found = re.search(rf"(?<!\w){re.escape(word)}(?!\w)", caption, re.IGNORECASE)
+    return found.span() if found else None
 
 
-def scaled(values: np.ndarray, low: float | None = None) -> np.ndarray:
-    low = values.min() if low is None else low
-    return (values - low) / max(values.max() - low, 1e-9)
+def key_words(caption, mask_of, count=3):
+    """Spans of the content words of highest mask, in their order; without content words, of any words."""
+    spans = words_of(caption)
+    content = [span for span in spans if not is_function_word(caption[slice(*span)])] or spans
+    first = {caption[slice(*span)].lower(): span for span in reversed(content)}         # each word once
+    return sorted(sorted(first.values(), key=mask_of, reverse=True)[:count])
 
 
-def find_word(caption: str, word: str) -> tuple[int, int] | None:
-    match = re.search(rf"(?<!\w){re.escape(word)}(?!\w)", caption, re.IGNORECASE)
-    return match and match.span()
+def scaled(values, low):
+    """values (L,) on a grid (G, G) and on a scale from `low`, 0, to their maximum, 1."""
+    side = grid_side(len(values))
+    return ((values - low) / max(values.max() - low, 1e-9)).reshape(side, side)
 
 
-@torch.no_grad()
-def explain(model, tokenizer, config: dict, picture: Image.Image, caption: str, word: str | None = None) -> Example:
-    """word: one of the caption's; by default the one with the highest mask, words of grammar aside. DataError for a word
-    that is not there."""
-    statistics = modules.image_statistics(config["image"]["name"])
-    image = model.encode_image(data.image_transform(config["image"]["size"], *statistics, train=False)(picture)[None])
-    text, (offsets,) = grounding.encode_captions(model, tokenizer, [caption], config["text"]["max_length"], "cpu")
-    grid, mask_v, mask_t = grounding.grid_side(image.mask.shape[1]), image.mask[0].numpy(), text.mask[0].numpy()
+def explain(matcher, picture, caption, words=(), with_regions=False):
+    """The Row of a picture and a caption. words: what to look for, as far as the caption has it (default: its
+    key words). UserError where there is nothing to look for."""
+    image, text = matcher.encode_images([picture]), matcher.encode_texts([caption])
+    max_length = matcher.config["text"]["max_length"]
+    offsets, = data.token_offsets(matcher.tokenizer, [caption], max_length)
+    places = slice(matcher.model.class_tokens, None)                        # class tokens have no place
+    tokens_v, mask_v = image.tokens[0, places].float().numpy(), image.mask[0, places].float().numpy()
+    tokens_t, mask_t = text.tokens[0].float().numpy(), text.mask[0].float().numpy()
 
     def mask_of(span):
-        tokens = grounding.token_indices(offsets, *span)
-        return float(mask_t[tokens].mean()) if tokens else 0.0                                   # none: cut off
-    spans = [found.span() for found in re.finditer(r"\w+|[^\w\s]", caption)]
-    words = {s: caption[slice(*s)] for s in spans}
-    candidates = [s for s, text in words.items() if not grounding.of_grammar(text.lower())]
-    span = find_word(caption, word) if word else max(candidates or spans, key=mask_of, default=None)
-    data.require(span, f"the word {word!r} is not in the caption {caption!r:.120}" if word else "the caption has no word")
-    data.require(grounding.token_indices(offsets, *span),
-                 f"the word {caption[slice(*span)]!r} lies beyond the {config['text']['max_length']} tokens that a caption may have")
-    said, tokens = caption[slice(*span)], grounding.token_indices(offsets, *span)
-    maps = grounding.similarity_maps((text.tokens[0, tokens] @ image.tokens[0].T).numpy(), mask_v, mask_t[tokens])
+        tokens = token_indices(offsets, *span)
+        return float(mask_t[tokens].mean()) if tokens else 0.0              # no token: beyond max_length
 
-    nearest = (text.tokens[0] @ image.regions[0].T).numpy() * mask_t[:, None]                    # (M, K)
-    shown = sorted(np.argsort(-nearest.max(0), kind="stable")[:MOST_REGIONS].tolist())
-    variance = image.log_var[0].exp().mean(-1) * image.log_var.shape[-1]
-    tiles = [("image", "", None), ("saliency mask", f"mean {mask_v.mean():.2f}", mask_v),
-             (f'near "{said}"', f"cosine {maps['words'].min():.2f} to {maps['words'].max():.2f}", scaled(maps["words"])),
-             (f'"{said}" x mask', "0 to its maximum", scaled(maps["masks"], 0))]
-    for k in shown:
-        attention = image.attention[0, :, k].float().numpy()
-        place = offsets[nearest[:, k].argmax()]
-        note = f"variance {variance[k]:.2f}" if model.sampler.sample else ""
-        own = [f": {text}" for s, text in words.items() if grounding.token_indices([place], *s)]
-        tiles.append((f"region {k + 1}" + (own[0] if own else ""), note, scaled(attention, 0)))  # "": [CLS] or [SEP]
-    tiles = [(title, note, values if values is None else values.reshape(grid, grid)) for title, note, values in tiles]
-    return Example(picture, tiles, [(text, mask_of(s)) for s, text in words.items()])
+    said = [span for word in words if (span := find_word(caption, word))] or key_words(caption, mask_of)
+    data.require(said, f"the caption {caption!r:.80} has no word to look for")
+    row = Row(picture, [], [], [(caption[slice(*span)], mask_of(span)) for span in words_of(caption)])
+    for span in said:
+        word, tokens = caption[slice(*span)], token_indices(offsets, *span)
+        data.require(tokens, f"'{word}' lies beyond the {max_length} tokens that a caption may have")
+        heat = similarity_maps(tokens_t[tokens] @ tokens_v.T, mask_v, mask_t[tokens])["words"]
+        row.words.append((word, scaled(heat, heat.min())))
+    if with_regions:
+        variance = (image.log_var[0].float().exp() / matcher.model.sampler.prior).mean(-1)
+        for k, attention in enumerate(image.attention[0, places].float().numpy().T):
+            note = f", variance {variance[k]:.2f}" if matcher.model.sampler.sample else ""
+            row.regions.append((f"region {k + 1}{note}", scaled(attention, 0)))
+    return row
 
 
-def shade(picture: Image.Image, values: np.ndarray, side: int) -> Image.Image:
-    """The picture in grey under the colours of its patches."""
-    patches = Image.fromarray(colours(values).astype(np.uint8)).resize((side, side), Image.Resampling.NEAREST)
-    return Image.blend(picture.resize((side, side)).convert("L").convert("RGB"), patches, 0.6)
-
-
-def font_of(size: int):
-    """Pillow's own has hardly more than English letters, so one that is often on a machine goes first."""
+def resize(matcher, size):
+    """Makes the matcher encode images of this size; position embeddings are resampled where there are any."""
+    encoder = matcher.model.image_encoder
     try:
-        return ImageFont.truetype("DejaVuSans.ttf", size)
-    except OSError:
-        return ImageFont.load_default(size)
+        if hasattr(encoder.timm, "set_input_size"):                         # CNNs have none and take any size
+            encoder.timm.set_input_size(img_size=size)
+        with torch.no_grad():
+            encoder(torch.zeros(1, 3, size, size, device=matcher.device))
+    except Exception as error:                                              # timm raises any type
+        raise data.UserError(f"--size {size}: the encoder cannot take it ({one_line(error)})") from None
+    matcher.config["image"]["size"] = size
+    matcher.transform = data.image_transform(size, *encoder.statistics, train=False)
 
 
-def shortened(text: str, width: float, font) -> str:
-    while font.getlength(text) > width:
-        text = text[:-2] + "…"
-    return text
+# ---- drawing -----------------------------------------------------------------------------------------------
+def colours(values, stops):
+    """(...) in [0, 1] -> (..., 3) uint8."""
+    places = np.linspace(0, 1, len(stops))
+    channels = [np.interp(values, places, channel) for channel in zip(*stops)]
+    return np.stack(channels, -1).round().astype(np.uint8)
 
 
-def draw(examples: list[Example], title: str, side: int, columns: int) -> Image.Image:
-    """One block an example: its tiles, `columns` in a line, then its caption. The scale is at the top."""
-    font, small, large = map(font_of, (15, 13, 19))
-    width = max(GAP + columns * (side + GAP), 960)
-    ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+def heat_map(picture, heat):
+    """The picture under the colours of heat (G, G), enlarged to its size; the hotter, the more is covered."""
+    smooth = Image.fromarray(heat.astype(np.float32)).resize(picture.size, Image.Resampling.BICUBIC)
+    values = np.asarray(smooth).clip(0, 1)
+    cover = Image.fromarray((255 * (0.4 + 0.35 * values)).astype(np.uint8))
+    return Image.composite(Image.fromarray(colours(values, HEAT)), picture, cover)
 
-    def wrapped(words):                                    # [(x, line, word, mask)] and the number of lines
-        placed, x, line = [], 0, 0
-        for word, mask in words:
-            length = ruler.textlength(word, font=font) + 10
-            if x and x + length > width - 2 * GAP:
-                x, line = 0, line + 1
-            placed.append((x, line, word, mask))
-            x += length + 2
-        return placed, line + 1
-    layouts = [(example, -(-len(example.tiles) // columns), *wrapped(example.words)) for example in examples]
-    line_height, row_height, top = 24, side + 40, 70
-    height = top + sum(rows * row_height + lines * line_height + 3 * GAP for _, rows, _, lines in layouts)
-    canvas = Image.new("RGB", (width, height), "white")
-    pen = ImageDraw.Draw(canvas)
-    pen.text((GAP, 8), shortened(title, width - 2 * GAP, large), fill="black", font=large)
-    bar = colours(np.linspace(0, 1, 200))[None].repeat(14, 0).astype(np.uint8)
-    pen.text((GAP, 36), "0", fill="black", font=small)
-    canvas.paste(Image.fromarray(bar), (GAP + 14, 38))
-    pen.text((GAP + 220, 36), fill="black", font=small, text="1     saliency and words: the mask itself; near: from the "
-             "least to the most; x mask, regions: from 0 to the most; variance: the prior's is 1")
-    y = top
-    for example, rows, words, lines in layouts:
-        for n, (name, note, values) in enumerate(example.tiles):
-            x, at = GAP + n % columns * (side + GAP), y + n // columns * row_height
-            pen.text((x, at), shortened(name, side, font), fill="black", font=font)
-            tile = example.picture.resize((side, side)) if values is None else shade(example.picture, values, side)
-            canvas.paste(tile, (x, at + 20))
-            pen.text((x, at + side + 22), note, fill=(90, 90, 90), font=small)
-        y += rows * row_height + GAP // 2
-        for x, line, word, mask in words:
-            left, upper = GAP + x, y + line * line_height
-            box = left, upper, left + ruler.textlength(word, font=font) + 8, upper + line_height - 3
-            pen.rectangle(box, fill=tuple(colours(np.array(mask)).astype(int).tolist()))
-            pen.text((left + 4, upper + 2), word, fill="white" if mask < 0.6 else "black", font=font)
-        y += lines * line_height + 2 * GAP + GAP // 2
+
+def font_of(text):
+    """Pillow's own font, which has only ASCII; for other text DejaVu Sans where it is installed."""
+    if not text.isascii():
+        try:
+            return ImageFont.truetype("DejaVuSans.ttf", TEXT)
+        except OSError:
+            pass
+    return ImageFont.load_default(TEXT)
+
+
+def draw_panels(panels, columns, font):
+    """(title, picture) of each panel, side by side."""
+    height = LINE + max(picture.height for _, picture in panels)
+    canvas = Image.new("RGB", (columns * (PANEL + GAP) - GAP, height), "white")
+    for column, (title, picture) in enumerate(panels):
+        x = column * (PANEL + GAP)
+        while font.getlength(title) > PANEL:
+            title = title[:-4] + "..."
+        ImageDraw.Draw(canvas).text((x, LINE / 2), title, INK, font, anchor="lm")
+        canvas.paste(picture, (x, LINE))
     return canvas
 
 
-def chosen(split, rows: int, word: str | None) -> list[tuple[int, str]]:
-    """The first images of the split and a caption of each; given a word, the first that have it in a caption."""
-    if word is None:
-        return [(i, split.captions[i][0]) for i in range(min(rows, len(split)))]
-    found = []
-    for i, captions in enumerate(split.captions):
-        found += [(i, caption) for caption in captions if find_word(caption, word)][:1]
-        if len(found) == rows:
-            break
-    data.require(found, f"{split.name}: no caption has the word {word!r}")
+def draw_caption(words, width, font):
+    """Every (word, mask), in as many lines as it takes."""
+    places, x, y = [], 0, 0
+    for word, _ in words:
+        length = font.getlength(word) + 16
+        if x > 0 and x + length > width:
+            x, y = 0, y + LINE
+        places.append((x, y, length))
+        x += length + 8
+    canvas = Image.new("RGB", (width, y + LINE), "white")
+    pen = ImageDraw.Draw(canvas)
+    for (word, mask), (x, y, length) in zip(words, places):
+        fill = tuple(colours(mask, SHADE).tolist())
+        pen.rounded_rectangle((x, y + 4, x + length, y + LINE - 4), 8, fill)
+        pen.text((x + 8, y + LINE / 2), word, INK, font, anchor="lm")
+    return canvas
+
+
+def draw_legend(width, font):
+    """What the colours of maps and words mean."""
+    canvas = Image.new("RGB", (width, LINE), "white")
+    pen, x = ImageDraw.Draw(canvas), 0
+    for low, high, stops in (("least similar", "most", HEAT), ("mask of a word: 0", "1", SHADE)):
+        pen.text((x, LINE / 2), low, GREY, font, anchor="lm")
+        x += round(font.getlength(low)) + 12
+        bar = colours(np.linspace(0, 1, 120), stops)[None].repeat(16, 0)
+        canvas.paste(Image.fromarray(bar), (x, LINE // 2 - 8))
+        pen.text((x + 132, LINE / 2), high, GREY, font, anchor="lm")
+        x += 132 + round(font.getlength(high)) + 2 * GAP
+    return canvas
+
+
+def stack(pieces, gap, margin=0):
+    """Pieces of one width under each other."""
+    height = sum(piece.height + gap for piece in pieces) - gap
+    canvas = Image.new("RGB", (pieces[0].width + 2 * margin, height + 2 * margin), "white")
+    y = margin
+    for piece in pieces:
+        canvas.paste(piece, (margin, y))
+        y += piece.height + gap
+    return canvas
+
+
+def draw(rows):
+    """The sheet of Rows."""
+    font = font_of("".join(word for row in rows for word, _ in row.caption))
+    columns = max(max(1 + len(row.words), min(len(row.regions), 5)) for row in rows)
+    blocks = []
+    for row in rows:
+        factor = PANEL / max(row.picture.size)
+        size = [max(1, round(factor * side)) for side in row.picture.size]
+        picture = row.picture.resize(size, Image.Resampling.LANCZOS)
+        words = [(title, heat_map(picture, heat)) for title, heat in row.words]
+        regions = [(title, heat_map(picture, heat)) for title, heat in row.regions]
+        first = draw_panels([("", picture), *words], columns, font)
+        lines = [first, draw_caption(row.caption, first.width, font)]
+        lines += [draw_panels(regions[n:n + columns], columns, font) for n in range(0, len(regions), columns)]
+        blocks.append(stack(lines, GAP // 2))
+    return stack([*blocks, draw_legend(blocks[0].width, font)], 2 * GAP, MARGIN)
+
+
+# ---- the command line --------------------------------------------------------------------------------------
+def examples(args, config):
+    """[(picture, caption)] that the arguments ask for."""
+    found, words = [], args.words or []
+    if args.image:
+        for path, caption in zip(map(Path, args.image), args.caption):
+            split = data.FileSplit("--image", [path.name], [[caption]], path.parent)
+            found.append((split.load_image(0), caption))
+    else:
+        split = data.load_split(args.split, config["datasets"], args.data_root or config["data"]["root"])
+        for i, captions in enumerate(split.captions):
+            fitting = [caption for caption in captions if all(find_word(caption, word) for word in words)]
+            if fitting and len(found) < args.rows:
+                found.append((split.load_image(i), fitting[0]))
+    for word in words:
+        data.require(any(find_word(caption, word) for _, caption in found),
+                     f"--words: '{word}' is in no caption, or, of a split, in none with the other words")
     return found
 
 
-def run(args):
-    checkpoint = checkpoints.load_checkpoint(checkpoints.find_checkpoint(args.ckpt))
-    config = checkpoint["config"]
-    model, tokenizer = checkpoints.model_from_checkpoint(checkpoint)
-    words = args.word or [None] * len(args.image or ["the split"])
-    side, columns = 130, 4 + min(MOST_REGIONS, model.region_prompts.prompts.shape[0])
-    if args.image:
-        wanted, where = [], ", ".join(Path(path).name for path in args.image)
-        for path, caption, word in zip(map(Path, args.image), args.caption, words):
-            data.require(path.is_file(), f"--image '{path}': no such file")
-            wanted.append((data.FileSplit("--image", [path.name], [[caption]], path.parent), 0, caption, word))
-        if len(wanted) == 1:
-            side, columns = 200, 5
-    else:
-        split, where = data.load_split(args.split, config["datasets"], args.data_root or config["data"]["root"]), args.split
-        wanted = [(split, i, caption, words[0]) for i, caption in chosen(split, args.rows, words[0])]
-    examples = [explain(model, tokenizer, config, split.load_image(i), caption, word) for split, i, caption, word in wanted]
-    picture = draw(examples, f"{config['backbone']} trained on {config['data']['name']}: {where}", side, columns)
+def main(args):
+    matcher = eval_grm.load(args.ckpt)
+    pairs = examples(args, matcher.config)
+    if args.size:
+        resize(matcher, args.size)
+    sheet = draw([explain(matcher, *pair, args.words or (), args.regions) for pair in pairs])
     try:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        picture.save(args.out)
+        sheet.save(args.out)
     except (ValueError, OSError) as error:
-        raise data.DataError(f"cannot write '{args.out}' ({data.brief(error)}): name a file such as sheet.png") from None
-    print(f"{args.out}: {picture.width} x {picture.height}")
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ckpt", required=True, metavar="FILE", help="checkpoint, found as eval_grm.py finds it")
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--image", nargs="+", metavar="FILE", help="images of your own, with as many --caption")
-    what.add_argument("--split", default="shapes", metavar="NAME", help="sheet of a split or part of one (default: shapes)")
-    parser.add_argument("--caption", nargs="+", metavar="TEXT", help="what to look for in each --image")
-    parser.add_argument("--word", nargs="+", metavar="WORD",
-                        help="word whose map is drawn, one for a split or one for each --image (default: that of the highest mask)")
-    parser.add_argument("--data-root", metavar="DIR", help="folder that holds the data sets (default: the checkpoint's)")
-    parser.add_argument("--rows", type=int, default=4, metavar="N", help="images of a sheet (default 4)")
-    parser.add_argument("--out", required=True, metavar="FILE", help="picture to write, as sheet.png")
-    args = parser.parse_args()
-    if len(args.image or []) != len(args.caption or []):
-        parser.error("--image and --caption go together, a caption for each image")
-    if args.word and len(args.word) != len(args.image or ["a split"]):
-        parser.error("--word takes one word for a split, or one for each --image")
-    if args.rows < 1:
-        parser.error("--rows must be at least 1")
-    try:
-        run(args)
-    except (checkpoints.CheckpointError, data.DataError, modules.ModelError) as error:
-        sys.exit(f"error: {error}")
+        raise data.UserError(f"--out: cannot write '{args.out}' ({one_line(error)})") from None
+    print(f"{args.out}: {sheet.width} x {sheet.height}")
 
 
 if __name__ == "__main__":
-    main()
+    with runs.one_line_errors():
+        main(ARGUMENTS)

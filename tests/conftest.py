@@ -1,57 +1,72 @@
-"""What the tests share: the repository on the path, a tiny model, and the way a script is run and fails."""
+"""What the tests share: the repository on the path, a tiny model, and the way a script is run."""
 import json
 import os
 import sys
 from pathlib import Path
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""      # figures are compared to the digit: the tests run on the CPU, where there is a GPU too
+os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("GRM_TEST_GPU", "")    # on the CPU, figures are equal to the digit
 
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from PIL import Image  # noqa: E402
+import numpy as np
+import pytest
+import torch
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared"                                # development data, which a clone does not have
+CONFIG = str(ROOT / "configs.yaml")
 sys.path.insert(0, str(ROOT))
-torch.set_num_threads(2)
-
-import eval_grm  # noqa: E402
-import modules  # noqa: E402
-import train_grm  # noqa: E402
+torch.set_num_threads(1)                                       # models this small gain nothing from more
 
 # a run of vit_micro that takes seconds
 TINY = ["image.name=vit_tiny_patch16_224", "image.options={patch_size: 16, embed_dim: 32, depth: 1, num_heads: 2}",
-        "model.dim=32",
-        "text.options={hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 64}",
-        "datasets.shapes.scenes={train: 64, val: 24, test: 32}", "train.batch_size=16", "train.val_every=1", "data.val_split=null"]
+        "model.dim=32", "text.options={hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2, "
+        "intermediate_size: 64}", "datasets.shapes.scenes={train: 64, val: 24, test: 32}", "train.batch_size=16",
+        "train.val_every=1", "data.val_split=null"]
+
+
+@pytest.fixture(params=["paper", "grm"])
+def recipe(request):
+    return request.param
 
 
 @pytest.fixture
 def tiny_config():
-    return train_grm.load_config(str(ROOT / "configs.yaml"), "vit_micro", sets=TINY)
+    import runs
+    return runs.load_config(CONFIG, "vit_micro", sets=TINY)
 
 
 @pytest.fixture
 def tiny_model(tiny_config):
+    import modules
     torch.manual_seed(0)
     return modules.build_grm(tiny_config, vocab_size=120, pad_id=0)
 
 
-@pytest.fixture
-def script(monkeypatch, capsys):
-    """script("train", "--backbone", ...) -> (exit message or None, standard output)."""
-    def call(name, *argv):
-        module = {"train": train_grm, "eval": eval_grm}[name]
-        if name == "train" and "--config" not in argv:
-            argv = ("--config", str(ROOT / "configs.yaml"), *argv)
-        monkeypatch.setattr(sys, "argv", [f"{name}_grm.py", *map(str, argv)])
-        failure = None
-        try:
-            module.main()
-        except SystemExit as stop:
-            failure = stop.code
-        return failure, capsys.readouterr().out
-    return call
+def run_train(*argv):
+    """train_grm.py in this process -> what it would hand to sys.exit: None, or one line."""
+    import train_grm
+    argv = [str(value) for value in argv]
+    config = [] if "--config" in argv else ["--config", CONFIG]
+    return exit_of(train_grm, [*config, *argv])
+
+
+def run_eval(*argv):
+    import eval_grm
+    return exit_of(eval_grm, [str(value) for value in argv])
+
+
+def exit_of(script, argv):
+    from runs import one_line_errors
+    try:
+        with one_line_errors():
+            return script.main(script.parse_arguments(argv))
+    except SystemExit as stop:
+        return stop.code
+
+
+def records(out):
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture

@@ -1,10 +1,10 @@
-"""Token similarity: equal to the formula in value and gradient, whatever the tiling, the padding and the order."""
+"""Eq. 7's fast form equals the formula in value and gradient, whatever tiling, padding and order."""
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import similarity
-from modules import token_similarities, token_similarity
+from similarity import reference_similarity, token_similarities, token_similarity
 
 
 def literal(v, t, valid, a=None, w=None):
@@ -25,11 +25,11 @@ def literal(v, t, valid, a=None, w=None):
     return torch.stack(rows)
 
 
-def sample(I=4, L=7, T=9, M=6, d=5, dtype=torch.float64, seed=0):
-    g = torch.Generator().manual_seed(seed)
+def sample(I=4, L=7, T=9, M=6, d=5, dtype=torch.float64):
+    g = torch.Generator().manual_seed(0)
     v, t = torch.randn(I, L, d, generator=g, dtype=dtype), torch.randn(T, M, d, generator=g, dtype=dtype)
     a, w = torch.rand(I, L, generator=g, dtype=dtype) + 0.1, torch.rand(T, M, generator=g, dtype=dtype) + 0.1
-    valid = torch.rand(T, M, generator=g) > 0.4  # any pattern: also holes, and captions that start with padding
+    valid = torch.rand(T, M, generator=g) > 0.4  # any pattern: holes, and captions that start with padding
     valid[0], valid[1], valid[2] = False, True, torch.arange(M) == M - 1
     return [x.requires_grad_() for x in (v, t, a, w)] + [valid]
 
@@ -38,43 +38,43 @@ def both(v, t, valid, a, w):
     return token_similarities(v, t, valid, [None, a], [None, w])
 
 
-WAYS = {"sparse": 0, "dense": 16, "padded": 0}                # the three ways of the backward pass, and DENSE
-
-
-def choose(way, monkeypatch):
+def choose(monkeypatch, way, block=64, tile=2 ** 22):
+    """One of the three backward passes on the CPU, captions a block, products a tile."""
     monkeypatch.setattr(similarity, "PADDED", {"cpu"} if way == "padded" else set())
-    monkeypatch.setattr(similarity, "DENSE", WAYS[way])
+    monkeypatch.setattr(similarity, "DENSE", 16 if way == "dense" else 0)
+    monkeypatch.setitem(similarity.BLOCK, "cpu", block)
+    monkeypatch.setitem(similarity.TILE, "cpu", tile)
 
 
-@pytest.fixture(params=WAYS)
+@pytest.fixture(params=["sparse", "dense", "padded"])
 def way(request, monkeypatch):
-    choose(request.param, monkeypatch)
+    choose(monkeypatch, request.param)
 
 
-@pytest.fixture(params=[(64, 2 ** 22, "dense"), (1, 1, "dense"), (2, 60, "sparse"), (4, 300, "sparse"), (64, 2 ** 22, "sparse"),
-                        (64, 2 ** 22, "padded"), (64, 1, "padded"), (64, 2000, "padded")], ids=str)
-def tiling(request, monkeypatch):
-    """Captions a block, products a tile, and the way of the backward pass."""
-    monkeypatch.setitem(similarity.BLOCK, "cpu", request.param[0])
-    monkeypatch.setitem(similarity.TILE, "cpu", request.param[1])
-    choose(request.param[2], monkeypatch)
-
-
-@pytest.mark.parametrize("shape", [{}, dict(L=1, M=3), dict(I=1, T=3, L=3, M=1), dict(I=2, L=130, T=5, M=40, d=2)], ids=str)
-def test_value_and_gradient_equal_the_literal_formula(shape, tiling):
+@pytest.mark.parametrize("shape", [
+    {}, dict(L=1, M=3), dict(I=1, T=3, L=3, M=1), dict(I=2, L=130, T=5, M=40, d=2)], ids=str)
+@pytest.mark.parametrize("tiling", [
+    ("dense",), ("dense", 1, 1), ("sparse",), ("sparse", 2, 60), ("sparse", 4, 300), ("padded",),
+    ("padded", 64, 1), ("padded", 64, 2000)], ids=str)
+def test_value_and_gradient_equal_the_literal_formula(shape, tiling, monkeypatch):
+    choose(monkeypatch, *tiling)
     v, t, a, w, valid = sample(**shape)
     expected = torch.stack([literal(v, t, valid), literal(v, t, valid, a, w)])
     got = both(v, t, valid, a, w)
     upstream = torch.randn_like(expected)
     torch.testing.assert_close(got, expected)
-    for x, y in zip(torch.autograd.grad((got * upstream).sum(), (v, t, a, w)),
-                    torch.autograd.grad((expected * upstream).sum(), (v, t, a, w))):
-        torch.testing.assert_close(x, y)
+    gradients = [torch.autograd.grad((s * upstream).sum(), (v, t, a, w)) for s in (got, expected)]
+    torch.testing.assert_close(*gradients)
 
 
-def test_gradcheck(way):
-    v, t, a, w, valid = sample(I=3, L=4, T=4, M=3, d=3)
-    assert torch.autograd.gradcheck(lambda *x: token_similarity(x[0], x[1], valid, x[2], x[3]), (v, t, a, w))
+def test_the_reference_is_the_literal_formula():
+    v, t, a, w, valid = sample()
+    some = valid.any(1)
+    torch.testing.assert_close(reference_similarity(v, t[some], valid[some], a, w[some]),
+                               literal(v, t, valid, a, w)[:, some])
+    ones = torch.ones_like
+    torch.testing.assert_close(reference_similarity(v, t[some], valid[some], ones(a), ones(w[some])),
+                               literal(v, t, valid)[:, some])
 
 
 def test_one_weighting_is_a_row_of_several(way):
@@ -93,12 +93,12 @@ def test_without_gradient_the_value_is_the_same():
 
 def test_padding_is_never_read(way):
     v, t, a, w, valid = sample()
-    bad_t = torch.cat([t.detach().masked_fill(~valid[..., None], float("nan")), t.new_full((9, 3, 5), float("inf"))], 1)
-    bad_t.requires_grad_()
+    bad = t.detach().masked_fill(~valid[..., None], torch.nan)
+    bad = torch.cat([bad, t.new_full((9, 3, 5), torch.inf)], 1).requires_grad_()
     more = torch.cat([valid, torch.zeros(9, 3, dtype=torch.bool)], 1)
     wide = torch.cat([w, torch.ones(9, 3, dtype=w.dtype)], 1)
-    torch.testing.assert_close(both(v, bad_t, more, a, wide), both(v, t, valid, a, w))
-    gradient, = torch.autograd.grad(both(v, bad_t, more, a, wide).sum(), bad_t)
+    torch.testing.assert_close(both(v, bad, more, a, wide), both(v, t, valid, a, w))
+    gradient, = torch.autograd.grad(both(v, bad, more, a, wide).sum(), bad)
     assert gradient.isfinite().all() and (gradient[~more] == 0).all()
 
 
@@ -114,10 +114,9 @@ def test_captions_without_a_token_have_similarity_and_gradient_zero(every, way):
     v, t, a, w, valid = sample()
     if every:
         valid = torch.zeros_like(valid)
-    s = both(v, t, valid, a, w)
-    empty = ~valid.any(1)
-    gradients = torch.autograd.grad(s[:, :, empty].sum(), (v, t, a, w))
-    assert (s[:, :, empty] == 0).all() and all((x == 0).all() for x in gradients)
+    s = both(v, t, valid, a, w)[:, :, ~valid.any(1)]
+    gradients = torch.autograd.grad(s.sum(), (v, t, a, w))
+    assert s.numel() and (s == 0).all() and all((x == 0).all() for x in gradients)
 
 
 def test_weights_that_are_all_zero_do_not_give_nan(way):
@@ -129,30 +128,38 @@ def test_weights_that_are_all_zero_do_not_give_nan(way):
 
 
 def test_tied_maxima_share_one_unit_of_gradient(way):
+    """As tokens do that a mask has multiplied by 0."""
     v, t = torch.ones(1, 3, 2, requires_grad=True), torch.ones(1, 4, 2, requires_grad=True)
     token_similarity(v, t, torch.ones(1, 4, dtype=torch.bool)).sum().backward()
-    torch.testing.assert_close(v.grad.sum(), torch.tensor(4.0))  # two means of a product, each of weight 1, d = 2
+    torch.testing.assert_close(v.grad.sum(), torch.tensor(4.0))    # two means of weight 1, d = 2
     torch.testing.assert_close(t.grad.sum(), torch.tensor(4.0))
 
 
-def test_float32_is_close_to_float64():
+@pytest.mark.parametrize("scale", [1, 30])
+def test_float32_is_close_to_float64(scale):
+    """Also for long tokens: only 16 bits need a norm of at most 1."""
     v, t, a, w, valid = (x.detach() for x in sample(d=64))
-    single = both(v.float(), t.float(), valid, a.float(), w.float())
+    single = both(scale * v.float(), t.float(), valid, a.float(), w.float())
     assert single.dtype == torch.float32
-    torch.testing.assert_close(single.double(), both(v, t, valid, a, w), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(single.double(), both(scale * v, t, valid, a, w), atol=1e-4, rtol=1e-4)
 
 
-def test_autocast_lowers_only_the_products(way):
-    v, t, a, w, valid = (x.detach().float().requires_grad_() if x.is_floating_point() else x for x in sample(d=32))
-    unit = torch.nn.functional.normalize
-    exact = both(unit(v, dim=-1), unit(t, dim=-1), valid, a, w)
+@pytest.mark.parametrize("masked", [False, True])
+def test_autocast_lowers_only_the_products(masked, way):
+    """Of unit vectors, and of unit vectors that a mask has multiplied, as in the recipe `paper`."""
+    v, t, a, w, valid = sample(d=32)
+    v, t = (torch.nn.functional.normalize(x.detach().float(), dim=-1) for x in (v, t))
+    if masked:
+        v, t = v * (a[..., None] / 1.1).detach().float(), t * (w[..., None] / 1.1).detach().float()
+    leaves = [x.detach().float().requires_grad_() for x in (v, t, a, w)]
+    exact = both(*leaves[:2], valid, *leaves[2:])
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        low = both(unit(v, dim=-1), unit(t, dim=-1), valid, a, w)
-        inside = torch.autograd.grad(low.sum(), (v, t, a, w), retain_graph=True)    # bad style, but not to fail for
+        low = both(*leaves[:2], valid, *leaves[2:])
+        inside = torch.autograd.grad(low.sum(), leaves, retain_graph=True)    # bad style, but not to fail for
     assert low.dtype == torch.float32
     torch.testing.assert_close(low, exact, atol=0.02, rtol=0)
-    outside = torch.autograd.grad(low.sum(), (v, t, a, w))
-    for x, same, y in zip(outside, inside, torch.autograd.grad(exact.sum(), (v, t, a, w))):
+    outside = torch.autograd.grad(low.sum(), leaves)
+    for x, same, y in zip(outside, inside, torch.autograd.grad(exact.sum(), leaves)):
         assert x.dtype == torch.float32
         torch.testing.assert_close(x, same)
         assert (x - y).norm() < 0.3 * y.norm()  # a maximum may fall on another, nearly equal, product
@@ -170,19 +177,16 @@ class Largest(TorchDispatchMode):
         return out
 
 
-def test_never_holds_the_four_dimensional_tensor(monkeypatch):
-    monkeypatch.setitem(similarity.BLOCK, "cpu", 8)
-    monkeypatch.setitem(similarity.TILE, "cpu", 2 ** 15)
+@pytest.mark.parametrize("way", ["sparse", "padded"])
+def test_never_holds_the_four_dimensional_tensor(way, monkeypatch):
+    choose(monkeypatch, way, block=8, tile=2 ** 15)
     I, L, T, M, d = 24, 40, 40, 30, 4
     v, t, a, w, valid = sample(I, L, T, M, d, torch.float32)
     with Largest() as largest:
         both(v, t, valid, a, w).sum().backward()
-    assert largest.nbytes <= 8 * I * max(L * T, T * M)  # at most 64 bits per (i,l,t) or (i,t,m) ...
-    assert largest.nbytes < 4 * I * L * T * M / 10       # ... far from 32 bits per (i,l,t,m)
+    maxima = 8 * I * max(L * T, T * M)                          # 64 bits for each (i,l,t) or (i,t,m)
+    image = 4 * L * T * M                                       # the products of one image
+    assert largest.nbytes <= (max(maxima, image) if way == "padded" else maxima) < 4 * I * L * T * M / 10
     with torch.no_grad(), Largest() as largest:
         both(v, t, valid, a, w)
-    assert largest.nbytes <= max(4 * 2 ** 15, 8 * I * 8 * M)  # one tile, or the weighted maxima of one block
-    choose("padded", monkeypatch)
-    with Largest() as largest:
-        both(v, t, valid, a, w).sum().backward()
-    assert largest.nbytes <= max(4 * L * T * M, 8 * I * max(L * T, T * M))  # the products of one image, or as above
+    assert largest.nbytes <= max(4 * 2 ** 15, 8 * I * 8 * M)    # a tile, or the weighted maxima of a block

@@ -1,92 +1,62 @@
-"""The pictures: what is drawn is what the model computed, and what cannot be drawn is answered in one line."""
-import sys
-
+"""The pictures: what is drawn is what the model computed, in the right place, and errors are one line."""
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import data
-import grounding
+import encoders
+import eval_grm
 import modules
 import visualize_grm
-from visualize_grm import Example, colours, draw, explain, find_word
+from visualize_grm import GAP, HEAT, LINE, MARGIN, PANEL, SHADE, Row, colours, explain, find_word
+
+CAPTION = "A red circle is left of an uncommon blue square , here"
 
 
 @pytest.fixture
-def tokenizer():
-    return data.build_tokenizer(["a red circle is left of an uncommon blue square , here"])
+def matcher(tiny_config):
+    """An untrained model with a class token among its tokens, and a vocabulary of its size."""
+    tiny_config["model"]["special_tokens"] = True
+    tokenizer = encoders.build_tokenizer([CAPTION])
+    model = modules.build_grm(tiny_config, len(tokenizer), tokenizer.pad_token_id).eval()
+    return eval_grm.Matcher(model, tokenizer, tiny_config, torch.device("cpu"))
 
 
 @pytest.fixture
-def checkpoint(tiny_model, tiny_config, tmp_path):
-    """An untrained model and a vocabulary of its size, as train_grm.py would save them."""
-    split = data.load_split("shapes", tiny_config["datasets"], "")
-    tokenizer = data.build_tokenizer(split.texts)
-    model = modules.build_grm(tiny_config, len(tokenizer), tokenizer.pad_token_id)
-    torch.save({"model": model.state_dict(), "config": tiny_config, "tokenizer": data.tokenizer_state(tokenizer),
-                "text_config": model.text_encoder.config.to_dict()}, tmp_path / "x.pt")
-    return tmp_path / "x.pt"
+def picture():
+    return Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 90, 3), np.uint8))
 
 
-def visualize(monkeypatch, capsys, *argv):
-    monkeypatch.setattr(sys, "argv", ["visualize_grm.py", *map(str, argv)])
-    failure = None
-    try:
-        visualize_grm.main()
-    except SystemExit as stop:
-        failure = stop.code
-    return failure, capsys.readouterr().out
+def brightness(image):
+    return np.asarray(image.convert("L"), dtype=float)
 
 
-def test_the_scale_runs_from_dark_to_light():
-    light = colours(np.linspace(0, 1, 50)) @ [0.299, 0.587, 0.114]
-    assert (np.diff(light) > 0).all() and light[0] < 20 and light[-1] > 220
+# ---- what is computed --------------------------------------------------------------------------------------
+def test_heat_is_the_models_cosine_attention_and_variance(matcher, picture):
+    row = explain(matcher, picture, CAPTION, ["SQUARE", "red circle", "star"], with_regions=True)
+    image, text = matcher.encode_images([picture]), matcher.encode_texts([CAPTION])
+    assert [title for title, _ in row.words] == ["square", "red circle"]    # there is no star in the caption
+    for (_, heat), said in zip(row.words, ([9], [1, 2])):
+        # the first token of each is the class token, [CLS]
+        cosines = sum(image.tokens[0, 1:] @ text.tokens[0, 1 + m] for m in said).numpy()
+        expected = (cosines - cosines.min()) / (cosines.max() - cosines.min())
+        np.testing.assert_allclose(heat.ravel(), expected, atol=1e-4)
+    assert len(row.regions) == matcher.config["model"]["num_prompts"]
+    for k, (title, heat) in enumerate(row.regions):
+        attention = image.attention[0, 1:, k]
+        np.testing.assert_allclose(heat.ravel(), attention / attention.max(), rtol=1e-4)
+        assert title == f"region {k + 1}, variance {float((image.log_var[0, k].exp() * 32).mean()):.2f}"
+    assert [word for word, _ in row.caption] == CAPTION.split()
+    np.testing.assert_allclose([mask for _, mask in row.caption], text.mask[0, 1:-1], rtol=1e-5)
 
 
-def test_a_patch_is_drawn_where_it_is_and_a_word_as_its_mask_says():
-    values = np.zeros((4, 4))
-    values[1, 3] = 1
-    example = Example(Image.new("RGB", (50, 80), "gray"), [("mask", "", values)], [("low", 0.0), ("high", 1.0)])
-    picture = draw([example], "title", side=100, columns=1)
-    grey = np.asarray(picture.convert("L"), dtype=float)
-    tile = grey[90:190, 10:110].reshape(4, 25, 4, 25).mean((1, 3))                     # below the title of the tile
-    assert tile.argmax() == 7 and tile[1, 3] > 2 * np.delete(tile, 7).max()
-    words = grey[215:236]
-    assert words[3, 12] < 40 and (words[3, 45:90] > 220).any()                                   # dark, and light on white
-
-
-def test_the_maps_are_the_models(tiny_model, tiny_config, tokenizer):
-    tiny_model.eval()
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
-    caption = "A red circle is left of an uncommon square"
-    example = explain(tiny_model, tokenizer, tiny_config, picture, caption, "SQUARE")
-    transform = data.image_transform(64, *modules.image_statistics("vit_tiny_patch16_224"), train=False)
-    with torch.no_grad():
-        image = tiny_model.encode_image(transform(picture)[None])
-        text, _ = grounding.encode_captions(tiny_model, tokenizer, [caption], 64, "cpu")
-    titles = [title.split(":")[0] for title, *_ in example.tiles]
-    assert titles == ["image", "saliency mask", 'near "square"', '"square" x mask', *(f"region {k}" for k in range(1, 6))]
-    np.testing.assert_allclose(example.tiles[1][2].ravel(), image.mask[0], rtol=1e-5)
-    cosine = image.tokens[0] @ text.tokens[0, -2]                                                # before [SEP]
-    near = example.tiles[2][2].ravel()
-    assert near.argmax() == cosine.argmax() and near.max() == 1 and near.min() == 0
-    for k in range(5):
-        attention = image.attention[0, :, k]
-        np.testing.assert_allclose(example.tiles[4 + k][2].ravel(), attention / attention.max(), rtol=1e-4)
-        variance = image.log_var[0, k].exp().sum()
-        assert example.tiles[4 + k][1] == f"variance {variance:.2f}"
-    assert [word for word, _ in example.words] == caption.split()
-    np.testing.assert_allclose([mask for _, mask in example.words], text.mask[0, 1:-1], rtol=1e-5)
-
-
-def test_by_default_the_word_is_the_one_with_the_highest_mask_that_is_not_grammar(tiny_model, tiny_config, tokenizer):
-    tiny_model.eval()
-    caption = "here is a red circle , an uncommon square"
-    example = explain(tiny_model, tokenizer, tiny_config, Image.new("RGB", (64, 64)), caption)
-    content = {word: mask for word, mask in example.words if word in ("here", "red", "circle", "uncommon", "square")}
-    content.pop("here")                                                                          # a word of grammar
-    assert example.tiles[2][0] == f'near "{max(content, key=content.get)}"'
+def test_key_words_are_the_content_words_of_highest_mask_in_their_order():
+    masks = {"the": 0.99, "dog": 0.9, "red": 0.2, "ball": 0.8, "chases": 0.3, ",": 0.95}
+    caption = "The dog chases the red ball , the dog"
+    spans = visualize_grm.key_words(caption, lambda span: masks[caption[slice(*span)].lower()])
+    assert [caption[slice(*span)] for span in spans] == ["dog", "chases", "ball"]       # and dog once
+    assert visualize_grm.key_words("it is", lambda span: 0.5) == [(0, 2), (3, 5)]       # without content
 
 
 def test_words_are_found_whole_and_in_any_case():
@@ -94,39 +64,101 @@ def test_words_are_found_whole_and_in_any_case():
     assert find_word("a small red circle", "red circle") == (8, 18)
 
 
-def test_one_image_and_a_sheet_by_the_script(checkpoint, tmp_path, monkeypatch, capsys):
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 90, 3), np.uint8)).save(tmp_path / "mine.png")
-    failure, printed = visualize(monkeypatch, capsys, "--ckpt", checkpoint, "--image", tmp_path / "mine.png",
-                                 "--caption", "a small red circle", "--word", "red", "--out", tmp_path / "new" / "one.png")
-    assert failure is None and "one.png" in printed and min(Image.open(tmp_path / "new" / "one.png").size) > 300
-    heights = []
-    for rows in (1, 2):
-        out = tmp_path / f"{rows}.png"
-        failure, _ = visualize(monkeypatch, capsys, "--ckpt", checkpoint, "--split", "shapes", "--rows", rows, "--out", out)
-        assert failure is None
-        heights.append(Image.open(out).height)
-    assert heights[1] > heights[0] + 150
-    two = [tmp_path / "mine.png"] * 2
-    failure, _ = visualize(monkeypatch, capsys, "--ckpt", checkpoint, "--image", *two, "--caption", "a red circle", "a square",
-                           "--word", "red", "square", "--out", tmp_path / "two.png")
-    assert failure is None and Image.open(tmp_path / "two.png").height == pytest.approx(heights[1], abs=2)
-    failure, printed = visualize(monkeypatch, capsys, "--ckpt", checkpoint, "--image", *two, "--caption", "a", "--out", "x.png")
-    assert failure == 2
+def test_another_size_gives_a_finer_grid_and_the_same_size_changes_nothing(matcher, picture):
+    before = explain(matcher, picture, CAPTION).words[0][1]
+    visualize_grm.resize(matcher, 64)
+    np.testing.assert_array_equal(explain(matcher, picture, CAPTION).words[0][1], before)
+    visualize_grm.resize(matcher, 128)
+    assert before.shape == (4, 4) and explain(matcher, picture, CAPTION).words[0][1].shape == (8, 8)
+
+
+# ---- what is drawn -----------------------------------------------------------------------------------------
+def test_colours_run_evenly_from_dark_to_light():
+    light = colours(np.linspace(0, 1, 50), HEAT) @ [0.299, 0.587, 0.114]
+    steps = np.diff(light)
+    assert light[0] < 10 and light[-1] > 230 and steps.min() > 0 and steps.max() < 4 * steps.mean()
+
+
+@pytest.mark.parametrize("patch", [(0, 0), (1, 3), (3, 2)])
+def test_a_heat_map_is_smooth_and_hot_where_the_patch_is(patch):
+    heat = np.zeros((4, 4))
+    heat[patch] = 1
+    grey = Image.new("RGB", (320, 160), (128, 128, 128))                    # a patch is 80 x 40
+    light = brightness(visualize_grm.heat_map(grey, heat))
+    patches = light.reshape(4, 40, 4, 80).mean((1, 3))
+    assert patches.max() == patches[patch] > 1.5 * np.sort(patches.ravel())[-2]
+    steps = [np.abs(np.diff(light, axis=axis)).max() for axis in (0, 1)]
+    assert max(steps) < np.ptp(light) / 8                                   # of a mosaic, the whole range
+
+
+def test_a_sheet_shows_the_photograph_the_maps_and_the_caption_shaded(picture):
+    heat = np.zeros((4, 4))
+    heat[3, 0] = 1
+    row = Row(picture, [("dog", heat)], [("region", heat.T)] * 3, [("low", 0.0), ("high", 1.0)])
+    sheet = visualize_grm.draw([row])
+    top, second, height = MARGIN + LINE, MARGIN + PANEL + GAP, round(PANEL * 40 / 90)
+    photograph = sheet.crop((MARGIN, top, MARGIN + PANEL, top + height))    # in its own proportions
+    np.testing.assert_array_equal(photograph, picture.resize(photograph.size, Image.Resampling.LANCZOS))
+
+    def hottest(x, y):
+        light = brightness(sheet.crop((x, y, x + PANEL, y + height)).resize((4, 4), Image.Resampling.BOX))
+        return np.unravel_index(light.argmax(), (4, 4))
+
+    assert hottest(second, top) == (3, 0)
+    title = brightness(sheet.crop((second, MARGIN, second + PANEL, top)))
+    assert title.min() < 100 and title[:, 100:].min() == 255                # short, and at the left
+    words = top + height + GAP // 2 + LINE // 2
+    chips = np.asarray(sheet)[words, MARGIN:MARGIN + 200].tolist()
+    assert chips[3] == list(SHADE[0]) and list(SHADE[1]) in chips           # masks of 0 and 1
+    regions = words + LINE // 2 + GAP // 2 + LINE
+    assert hottest(MARGIN, regions) == hottest(second, regions) == (0, 3)
+
+
+def test_captions_titles_and_legend_stay_on_the_sheet(picture):
+    words = [(f"word{n}", 0.5) for n in range(60)]
+    rows = [Row(picture, [("very " * n, np.eye(4))], [], words[:n]) for n in (1, 60)]
+    short, long = (visualize_grm.draw([row]) for row in rows)
+    assert long.width == short.width and long.height >= short.height + 5 * LINE
+    assert brightness(long)[:, -MARGIN:].min() == 255
+    assert brightness(short)[-MARGIN - LINE:, -MARGIN - 9:].min() == 255    # nor is the legend cut off
+
+
+# ---- the command -------------------------------------------------------------------------------------------
+@pytest.fixture
+def visualize(tiny_config, tmp_path, monkeypatch, picture):
+    """visualize_grm.py on an untrained model, with arguments -> the picture."""
+    monkeypatch.chdir(tmp_path)
+    picture.save("mine.png")
+    tokenizer = encoders.build_tokenizer(data.load_split("shapes", tiny_config["datasets"], "").texts)
+    model = modules.build_grm(tiny_config, len(tokenizer), tokenizer.pad_token_id)
+    torch.save({"model": model.state_dict(), "config": tiny_config,
+                "tokenizer": encoders.tokenizer_state(tokenizer),
+                "text_config": model.text_encoder.hugging.config.to_dict()}, "x.pt")
+
+    def run(*argv):
+        defaults = ["--ckpt", "x.pt", "--rows", "1", "--out", "new/sheet.png"]
+        arguments = visualize_grm.parse_arguments([*defaults, *argv])
+        visualize_grm.main(arguments)
+        return Image.open(arguments.out)
+
+    return run
+
+
+def test_the_command_draws_a_split_and_images_of_ones_own(visualize):
+    one, two = visualize(), visualize("--rows", "2")
+    assert two.height > one.height + PANEL and two.width == one.width == 4 * (PANEL + GAP) - GAP + 2 * MARGIN
+    assert visualize("--regions", "--size", "128").height > one.height + PANEL
+    assert visualize("--words", "circle").width == one.width - 2 * (PANEL + GAP)
+    own = visualize("--image", "mine.png", "mine.png", "--caption", "a red star", "café", "--words", "star")
+    assert own.height < two.height                                          # the pictures are wide
 
 
 @pytest.mark.parametrize("argv, said", [
-    (["--image", "nowhere.png", "--caption", "a circle"], "nowhere.png"),
-    (["--split", "shapes", "--word", "giraffe"], "giraffe"), (["--split", "shape"], "shapes_val"),
-    (["--split", "shapes", "--rows", "1", "--out", "sheet.xyz"], "sheet.png")])
-def test_what_cannot_be_drawn_is_one_line(argv, said, checkpoint, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    out = [] if "--out" in argv else ["--out", "x.png"]
-    failure, _ = visualize(monkeypatch, capsys, "--ckpt", checkpoint, *argv, *out)
-    assert failure.startswith("error: ") and said in failure and "\n" not in failure
-
-
-def test_a_word_that_is_not_in_the_caption_is_an_error(tiny_model, tiny_config, tokenizer):
-    with pytest.raises(data.DataError, match="giraffe"):
-        explain(tiny_model.eval(), tokenizer, tiny_config, Image.new("RGB", (64, 64)), "a red circle", "giraffe")
-    with pytest.raises(data.DataError, match="no word"):
-        explain(tiny_model.eval(), tokenizer, tiny_config, Image.new("RGB", (64, 64)), "")
+    (["--image", "nowhere.png", "--caption", "a circle"], "nowhere.png"), (["--words", "giraffe"], "giraffe"),
+    (["--split", "shape"], "shapes_val"), (["--image", "mine.png", "--caption", " "], "no word"),
+    (["--size", "7"], "--size 7"), (["--out", "sheet.xyz"], "sheet.xyz"),
+    (["--image", "mine.png", "--caption", "and " * 70 + "star", "--words", "star"], "64 tokens")])
+def test_what_cannot_be_drawn_is_one_line(argv, said, visualize):
+    with pytest.raises(data.UserError) as error:
+        visualize(*argv)
+    assert said in str(error.value) and "\n" not in str(error.value)

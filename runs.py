@@ -1,0 +1,347 @@
+"""What a run consists of beside training: its configuration, its checkpoints, and what signals do to it."""
+import contextlib
+import copy
+import os
+import platform
+import signal
+import subprocess
+import sys
+import warnings
+import zipfile
+from pathlib import Path
+
+import torch
+import yaml
+
+import encoders
+import modules
+from data import UserError, require
+from encoders import one_line
+
+SECTIONS = ("image", "text", "model", "loss", "augment", "data", "train")
+FREE = ("image.options", "text.options", "datasets")               # below these, --set may add keys
+# Where the least is an int, so is the value.
+AT_LEAST = {"train.epochs": 1, "train.max_steps": 1, "train.batch_size": 1, "train.micro_batch": 1,
+            "train.log_every": 1, "train.val_every": 1, "train.max_bad_steps": 1, "image.size": 1,
+            "text.max_length": 3, "model.dim": 1, "model.num_prompts": 1, "data.workers": 0, "train.seed": 0,
+            "train.warmup": 0.0, "train.weight_decay": 0.0, "train.save_minutes": 0.0,
+            "train.encoder_lr": 0.0, "loss.ramp": 0.0}
+ABOVE_0 = ("model.tau", "model.prompt_scale", "loss.temperature", "train.lr", "train.clip")
+BETWEEN_0_AND_1 = ("model.image_keep", "model.text_keep")
+MAY_BE_NULL = ("train.max_steps", "train.micro_batch", "model.image_keep", "model.text_keep",
+               "model.prompt_scale")
+CHOICES = {"loss.kind": ("triplet", "infonce"), "data.epoch": ("captions", "images"),
+           "image.statistics": ("imagenet", "model"), "model.mask_acts_on": ("tokens", "means"),
+           "model.text_mask_reads": ("outputs", "embeddings"), "model.prior": ("standard", "scaled")}
+
+
+# ---- the configuration -------------------------------------------------------------------------------------
+def load_config(path: str, backbone: str, recipe: str | None = None, dataset: str | None = None,
+                data_root: str | None = None, sets=()) -> dict:
+    """The settings of a run: defaults <- the data set's `config` <- the backbone <- the recipe <- --set
+    key=value.
+
+    recipe: by default the backbone's. UserError, in one line, for a setting that does not exist or cannot be.
+    """
+    blocks = read_yaml(path)
+    needed = ("defaults", "recipes", "backbones", "datasets")
+    require(isinstance(blocks, dict) and all(isinstance(blocks.get(key), dict) for key in needed),
+            f"'{path}' needs the blocks {', '.join(needed)}")
+    defaults = {section: {key: fitting(value, None, key) for key, value in
+                          settings(blocks["defaults"].get(section), f"defaults.{section}").items()}
+                for section in SECTIONS}
+    special = dict(settings(named(blocks, "backbones", backbone), f"backbones.{backbone}"))
+    recipe = recipe or special.get("recipe")
+    special.pop("recipe", None)
+    changes = settings(named(blocks, "recipes", recipe), f"recipes.{recipe}")
+    name = dataset or settings(special.get("data"), f"backbones.{backbone}.data").get("name")
+    own = settings(named(blocks, "datasets", name), f"datasets.{name}")
+
+    config = copy.deepcopy(defaults)
+    merge(config, own.get("config"), f"datasets.{name}.config")
+    merge(config, special, f"backbones.{backbone}")
+    for key in ("all", backbone):
+        merge(config, changes.get(key), f"recipes.{recipe}.{key}")
+    config |= {"backbone": backbone, "recipe": recipe, "datasets": blocks["datasets"]}
+    config["data"]["name"] = name
+    if data_root:
+        config["data"]["root"] = data_root
+    for item in sets:
+        set_key(config, item)
+    check(config, defaults)
+    return config
+
+
+def read_yaml(path: str):
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read the configuration '{path}': {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"'{path}' is not YAML: {one_line(error)}") from None
+
+
+def load_datasets(path: str) -> dict:
+    """The `datasets` block of a configuration file."""
+    blocks = read_yaml(path)
+    datasets = blocks.get("datasets") if isinstance(blocks, dict) else None
+    require(isinstance(datasets, dict), f"'{path}' has no block `datasets`")
+    return datasets
+
+
+def named(blocks: dict, kind: str, name: str | None):
+    require(name in blocks[kind], f"{kind} has no '{name}'; valid: {', '.join(blocks[kind])}")
+    return blocks[kind][name]
+
+
+def settings(block, where: str) -> dict:
+    """A block of the file; an empty one is null in YAML."""
+    require(isinstance(block or {}, dict), f"{where} is {block!r}; it must be a block of settings")
+    return block or {}
+
+
+def merge(into: dict, new: dict | None, where: str):
+    for key, value in settings(new, where).items():
+        require(key in into, f"unknown key '{key}' in {where}; valid: {', '.join(into)}")
+        if isinstance(into[key], dict) and key != "options":
+            merge(into[key], value, f"{where}.{key}")
+        else:
+            into[key] = fitting(value, into[key], f"{where}.{key}")
+
+
+def fitting(value, old, where: str):
+    """`value`, if it is null or of the type of the setting `old`; any number will do for a number. Else
+    UserError."""
+    if isinstance(value, str) and not isinstance(old, str):
+        with contextlib.suppress(ValueError):
+            value = float(value)                                   # YAML reads 2e-4, without a dot, as text
+    fits = is_number(value) if is_number(old) else old is None or isinstance(value, type(old))
+    require(fits or value is None, f"{where}: {value!r} is not a {type(old).__name__}, as {old!r} is")
+    return value
+
+
+def is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def set_key(config: dict, item: str):
+    """One --set key=value: the key is dotted, the value YAML."""
+    key, equals, text = item.partition("=")
+    require(equals, f"--set takes key=value, got '{item}'")
+    *path, last = key.split(".")
+    block = config
+    for part in path:
+        block = block.get(part) if isinstance(block, dict) else None
+    free = any(f"{key}.".startswith(f"{name}.") for name in FREE)
+    known = isinstance(block, dict) and last in block and not isinstance(block[last], dict) and path
+    require(isinstance(block, dict) and (free or known), f"unknown key '{key}'; valid: "
+            + ", ".join(f"{section}.{name}" for section in SECTIONS for name in config[section]))
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"--set {key}: '{text}' is not a YAML value") from None
+    block[last] = fitting(value, block.get(last), f"--set {key}")
+
+
+def check(config: dict, defaults: dict):
+    """Values that no run can use, told before anything is read."""
+    def get(key):
+        section, name = key.split(".")
+        require(name in config[section], f"{key} is missing: the block `defaults` must have it")
+        return config[section][name]
+
+    for section in SECTIONS:
+        for name, default in defaults[section].items():
+            must = isinstance(default, (int, float, list)) and f"{section}.{name}" not in MAY_BE_NULL
+            require(config[section][name] is not None or not must,
+                    f"{section}.{name} is null; it must have a value, as {default!r}")
+    for key, least in AT_LEAST.items():
+        value, whole = get(key), isinstance(least, int)
+        fits = is_number(value) and value >= least and not (whole and isinstance(value, float))
+        kind = "a whole number of at least" if whole else "at least"
+        require(fits or value is None and key in MAY_BE_NULL,
+                f"{key} is {value!r}; it must be {kind} {least}")
+    for key in (*ABOVE_0, *BETWEEN_0_AND_1):
+        value, below = get(key), 1 if key in BETWEEN_0_AND_1 else float("inf")
+        limits = "lie between 0 and 1" if key in BETWEEN_0_AND_1 else "be above 0"
+        require(is_number(value) and 0 < value < below or value is None and key in MAY_BE_NULL,
+                f"{key} is {value!r}; it must {limits}")
+    for key, valid in CHOICES.items():
+        require(get(key) in valid, f"{key} is '{get(key)}'; valid: {', '.join(valid)}")
+    require(all(is_number(part) and 0 <= part <= 1 for part in get("train.milestones")),
+            f"train.milestones is {get('train.milestones')!r}; it must list parts of training, from 0 to 1")
+    require(any(get(f"loss.{level}") for level in modules.LEVELS),
+            "loss.ori, loss.key and loss.unc are all 0: nothing is left to learn from")
+
+
+# ---- the run folder and its checkpoints --------------------------------------------------------------------
+def make_folder(out: Path, config: dict, resume: bool) -> Path | None:
+    """Makes the folder of a run, with its config.yaml. An earlier run in it is renamed, unless it is resumed
+    -> its new name."""
+    kept = None
+    try:
+        if not resume and (out / "metrics.jsonl").exists():
+            number = 1
+            while (kept := out.with_name(f"{out.name}.{number}")).exists():
+                number += 1
+            out.rename(kept)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    except (OSError, ValueError) as error:                        # ValueError: the folder has no name, as "."
+        raise UserError(f"--out: '{out}' cannot be made, or what is there renamed ({one_line(error)}): name "
+                        "another folder") from None
+    return kept
+
+
+def save(path: Path, checkpoint: dict, previous: Path | None = None):
+    """Written whole or not at all, whenever the power fails: beside, flushed to the disk, then renamed. What
+    `path` held before becomes `previous`."""
+    beside = path.with_suffix(".tmp")
+    try:
+        with open(beside, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if previous and path.exists():
+            os.replace(path, previous)
+        os.replace(beside, path)
+        if hasattr(os, "O_DIRECTORY"):                             # the names as well; Windows cannot
+            folder = os.open(path.parent, os.O_DIRECTORY)
+            os.fsync(folder)
+            os.close(folder)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"'{path}' cannot be written ({one_line(error)}); what was saved before is intact: "
+                        "make room and go on with --resume") from None
+
+
+def load_checkpoint(path: str | Path) -> dict:
+    """The dictionary that train_grm.py saved. Nothing in the file can execute (weights_only=True)."""
+    path = Path(path)
+    require(path.is_file(), f"no such checkpoint: '{path}'; training writes runs/<backbone>-<data>/best.pt")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:                              # a damaged file raises whatever its bytes lead to
+        raise UserError(f"'{path}' is not a GRM checkpoint or is damaged ({one_line(error)[:100]})") from None
+    needed = {"model", "config", "tokenizer", "text_config"}
+    require(isinstance(checkpoint, dict) and needed <= checkpoint.keys(),
+            f"'{path}' is not a GRM checkpoint: it was not written by train_grm.py")
+    return checkpoint
+
+
+def load_last(out: Path) -> dict:
+    """last.pt, or, with a warning, the one before it where last.pt is damaged or was just being replaced."""
+    found = [path for path in (out / "last.pt", out / "last.prev.pt") if path.exists()]
+    require(found, f"--resume: '{out}' holds no last.pt; name the run's folder with --out, or do not resume")
+    for path in found:
+        try:
+            checkpoint = load_checkpoint(path)
+            with zipfile.ZipFile(path) as archive:                 # torch.load compares no checksums
+                damaged = archive.testzip()
+            require(not damaged, f"'{path}' is damaged ({damaged} fails its checksum)")
+            require("random_states" in checkpoint,
+                    f"'{path}' cannot be resumed: it holds weights only, or another version wrote it")
+            return checkpoint
+        except UserError as error:
+            if path == found[-1]:
+                raise
+            warnings.warn(f"{error}: going on from {found[-1].name}, the one before")
+
+
+def model_from_checkpoint(checkpoint: dict):
+    """-> GRM in evaluation mode, its tokeniser. Needs neither the hub nor pretrained weights."""
+    tokenizer = encoders.tokenizer_from_state(checkpoint["tokenizer"])
+    try:
+        model = modules.build_grm(checkpoint["config"], len(tokenizer), tokenizer.pad_token_id,
+                                  checkpoint["text_config"], pretrained=False)
+        model.load_state_dict(checkpoint["model"])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"the checkpoint is of another version of this code ({one_line(error)}): train again "
+                        "or use the version that wrote it") from None
+    except RuntimeError as error:
+        raise UserError("the checkpoint's weights do not fit its configuration: "
+                        + str(error).splitlines()[1].strip()) from None
+    return model.eval(), tokenizer
+
+
+def find_checkpoint(name: str) -> Path:
+    """A path as it is; a bare file name that is not here means that file of the newest run below runs/."""
+    path = Path(name)
+    if path.exists() or len(path.parts) > 1:
+        return path
+    found = sorted(Path("runs").glob(f"*/{name}"), key=os.path.getmtime)
+    return found[-1] if found else path
+
+
+# ---- signals -----------------------------------------------------------------------------------------------
+class Stopped(BaseException):
+    """SIGINT or SIGTERM arrived. Not an Exception, so that nothing takes it for a failure of its own."""
+
+
+class Signals:
+    """SIGINT and SIGTERM let a training step finish first (`stop` is True then); within `at_once()` they
+    raise Stopped."""
+
+    def __init__(self):
+        self.stop, self.immediate, self.process = False, False, os.getpid()
+        self.before = {number: signal.signal(number, self.receive)
+                       for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def receive(self, number, frame):
+        if os.getpid() == self.process:                         # not in a copy of the process that loads data
+            self.stop = True
+            if self.immediate:
+                raise Stopped
+
+    @contextlib.contextmanager
+    def at_once(self):
+        self.immediate = True
+        try:
+            if self.stop:
+                raise Stopped
+            yield
+        finally:
+            self.immediate = False
+
+    def release(self):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def leave_signals_to_the_run(worker: int):
+    """For data-loading processes, which a shell's Ctrl-C reaches too: the last step still needs them. A
+    second SIGTERM, which the run itself sends, ends one that is stuck."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+
+
+# ---- what every script shares ------------------------------------------------------------------------------
+@contextlib.contextmanager
+def one_line_errors():
+    """Ends the script with one line for what the user did wrong, and for Ctrl-C."""
+    try:
+        yield
+    except (UserError, OSError) as error:
+        error.__traceback__ = None           # it holds the data-loading processes, which would be waited for
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped")
+
+
+def amp_context(config: dict, device: torch.device):
+    """Autocast as `train.amp` says: bf16 where the card has it, else fp16; nothing on the CPU."""
+    enabled = config["train"]["amp"] and device.type == "cuda"
+    return torch.autocast(device.type, amp_type(device), enabled=enabled)
+
+
+def amp_type(device: torch.device) -> torch.dtype:
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if has_bf16 else torch.float16
+
+
+def provenance() -> dict:
+    """Where a figure comes from, for results/*.json: commit, versions, machine."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    return {"commit": commit or None, "versions": versions, "machine": machine}

@@ -1,0 +1,275 @@
+"""runs.py: what a configuration may say, and checkpoints that are whole, told apart, and unable to execute."""
+import pickle
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from conftest import CONFIG, ROOT, TINY, run_eval, run_train
+
+import runs
+from data import UserError
+
+BACKBONES = {"vit_b_224": "paper", "vit_b_384": "paper", "swin_b_224": "paper", "swin_b_384": "paper",
+             "vit_tiny": "grm", "vit_micro": "grm"}                                        # their default recipes
+
+
+def setting(key, *names, path=CONFIG, **more):
+    section, name = key.split(".")
+    return runs.load_config(path, *names, **more)[section][name]
+
+
+def written(folder, **changes):
+    """configs.yaml with these changes, {dotted__key: value} -> its path."""
+    content = yaml.safe_load(open(CONFIG))
+    for key, value in changes.items():
+        *path, last = key.split("__")
+        block = content
+        for part in path:
+            block = block.setdefault(part, {})
+        block[last] = value
+    (folder / "configs.yaml").write_text(yaml.safe_dump(content))
+    return str(folder / "configs.yaml")
+
+
+def one_line(text, *words):
+    assert text and "\n" not in text and all(word in text for word in words), text
+    return True
+
+
+# ---- configuration -----------------------------------------------------------------------------------------
+def test_special_settings_win_over_general_ones(tmp_path):
+    """defaults < the data set's < the backbone's < the recipe's < the recipe's for the backbone < --set"""
+    layers = ["defaults__loss", "datasets__shapes__config__loss", "backbones__vit_micro__loss",
+              "recipes__grm__all__loss", "recipes__grm__vit_micro__loss"]
+    for count in range(1, len(layers) + 1):
+        path = written(tmp_path, **{f"{layer}__margin": 1 + n for n, layer in enumerate(layers[:count])})
+        assert setting("loss.margin", "vit_micro", path=path) == count
+    assert setting("loss.margin", "vit_micro", path=path, sets=["loss.margin=7"]) == 7
+
+
+def test_the_settings_of_the_file():
+    assert setting("train.batch_size", "vit_b_224") == 256                                 # COCO's
+    assert setting("train.batch_size", "vit_b_224", dataset="f30k") == 128                 # the default
+    assert setting("train.batch_size", "vit_tiny", dataset="coco") == 64                   # the backbone's
+    assert setting("augment.word_drop", "vit_micro") == 0 < setting("augment.word_drop", "vit_tiny")
+    assert setting("model.num_prompts", "swin_b_384") == 50
+    assert setting("model.image_keep", "vit_b_224") is None                                # the paper's
+    assert setting("model.image_keep", "vit_b_224", "grm") == 0.5
+    assert setting("model.image_keep", "vit_micro") == 0.3                                 # the recipe's for it
+    assert setting("model.image_keep", "vit_micro", sets=["model.image_keep=0.7"]) == 0.7
+    assert setting("train.lr", "vit_micro", sets=["train.lr=3e-4"]) == 3e-4
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_every_backbone_has_its_recipe_and_no_recipe_sets_the_batch_size(backbone):
+    assert runs.load_config(CONFIG, backbone)["recipe"] == BACKBONES[backbone]
+    sizes = {setting("train.batch_size", backbone, recipe) for recipe in ("paper", "grm")}
+    assert len(sizes) == 1
+
+
+def test_recipe_paper_is_the_defaults():
+    settings = runs.load_config(CONFIG, "vit_b_224", "paper", dataset="f30k")
+    defaults = yaml.safe_load(open(CONFIG))["defaults"]
+    assert all(settings[section] == defaults[section] for section in ("text", "model", "loss", "augment", "train"))
+
+
+@pytest.mark.parametrize("item, said", [
+    ("train.learning_rate=1", "train.lr"), ("lr=1", "train.lr"), ("train=1", "train.lr"),
+    ("train.lr", "key=value"), ("train.lr=fast", "float"), ("train.batch_size=0", "at least 1"),
+    ("train.batch_size=true", "int"), ("train.lr=-1", "above 0"), ("loss.kind=hinge", "triplet, infonce"),
+    ("data.epoch=all", "captions, images"), ("model.num_prompts=0", "at least 1"),
+    ("model.text_keep=1", "between 0 and 1"), ("model.prior=wide", "standard, scaled"), ("loss.kind=[", "YAML"),
+    ("train.lr=null", "must have a value"), ("train.micro_batch=2.5", "whole number"),
+    ("train.seed=-1", "at least 0"), ("image.optionsx=1", "image.options"), ("train.warmup=-0.1", "at least 0"),
+    ("train.milestones=[2]", "from 0 to 1"), ("train.milestones=0.5", "list"), ("loss.ramp=-1", "at least 0")])
+def test_a_setting_that_cannot_be_names_what_can(item, said):
+    with pytest.raises(UserError, match=said) as error:
+        runs.load_config(CONFIG, "vit_micro", sets=[item])
+    assert one_line(str(error.value))
+
+
+def test_without_a_level_there_is_nothing_to_learn():
+    with pytest.raises(UserError, match="nothing is left"):
+        runs.load_config(CONFIG, "vit_micro", sets=["loss.ori=0", "loss.key=0", "loss.unc=0"])
+
+
+@pytest.mark.parametrize("key, value, said", [
+    ("defaults__train__lr", "1e-4", None), ("backbones__vit_micro__train__lr", "1e-4", None),
+    ("backbones__vit_micro__image", None, None), ("backbones__vit_micro__image", "vit", "a block"),
+    ("backbones__vit_micro", "vit", "a block"), ("defaults__loss", None, "unknown key"),
+    ("backbones__vit_micro__train__save_minutes", "0.5", None), ("defaults__train__max_steps", "9", None),
+    ("defaults__train__clip", "2,0", "clip"), ("backbones__vit_micro__train__lr", "fast", "not a float"),
+    ("backbones__vit_micro__data", None, "coco, f30k, f8k, shapes"), ("recipes__grm", "ours", "a block"),
+    ("recipes__grm__all__model__keep", 0.5, "image_keep"), ("recipes", None, "needs the blocks")])
+def test_the_file_is_checked_as_set_is(tmp_path, key, value, said):
+    """YAML reads 1e-4, without a dot, as text, and an empty block as null."""
+    path = written(tmp_path, **{key: value})
+    if said:
+        with pytest.raises(UserError, match=said):
+            runs.load_config(path, "vit_micro")
+    else:
+        assert setting("train.lr", "vit_micro", path=path) == (1e-4 if "vit_micro__train__lr" in key else 3e-3)
+
+
+def test_unknown_names_list_the_valid_ones(tmp_path):
+    assert one_line(run_train("--backbone", "vit_x"), ", ".join(BACKBONES))
+    assert one_line(run_train("--backbone", "vit_micro", "--recipe", "nonsense"), "recipes", "paper, grm")
+    assert one_line(run_train("--backbone", "vit_micro", "--data", "imagenet"), "coco, f30k, f8k, shapes")
+    assert one_line(run_train("--backbone", "vit_micro", "--config", tmp_path / "none.yaml"), "cannot read")
+    assert one_line(run_train("--backbone", "vit_micro", "--out", tmp_path / "x", "--set", *TINY,
+                              "image.name=vit_nano"), "error: image.name")
+
+
+def test_yaml_that_would_run_code_does_not(tmp_path):
+    for name, text in {"bad": "a: [", "bomb": f"a: !!python/object/apply:os.mkdir [{tmp_path / 'ran'}]"}.items():
+        (tmp_path / name).write_text(text)
+        assert one_line(run_train("--backbone", "vit_micro", "--config", tmp_path / name), "not YAML")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("script", ["train", "eval", "ground", "ablate", "bench", "visualize"])
+def test_help_answers_before_the_libraries_are_loaded(script):
+    code = (f"import runpy, sys\nsys.argv = ['{script}_grm.py', '--help']\ntry:\n"
+            f" runpy.run_path('{script}_grm.py', run_name='__main__')\n"
+            "finally:\n assert not {'torch', 'timm', 'transformers'} & sys.modules.keys()")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "usage: " in done.stdout, done.stderr
+
+
+# ---- checkpoints -------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "tiny"
+    assert run_train("--backbone", "vit_micro", "--out", out, "--set", *TINY, "train.max_steps=2") is None
+    return out
+
+
+@pytest.fixture
+def copied(run_folder, tmp_path):
+    """That folder, to be damaged."""
+    return shutil.copytree(run_folder, tmp_path / "run")
+
+
+def resume(out, *more):
+    return run_train("--backbone", "vit_micro", "--out", out, "--resume", "--set", *TINY, "train.max_steps=3", *more)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path):
+    path = tmp_path / "last.pt"
+    runs.save(path, {"weights": torch.ones(10)}, tmp_path / "last.prev.pt")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(UserError, match="cannot be written") as error:
+            runs.save(path, {"weights": torch.ones(10_000)}, tmp_path / "last.prev.pt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert one_line(str(error.value))
+    assert len(torch.load(path, weights_only=True)["weights"]) == 10
+
+
+def test_a_damaged_last_pt_falls_back_to_the_one_before(copied):
+    """One byte among the weights, which torch.load itself does not notice."""
+    content = bytearray((copied / "last.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (copied / "last.pt").write_bytes(content)
+    with pytest.warns(UserWarning, match="last.pt.*going on from last.prev.pt"):
+        assert runs.load_last(copied)["step"] == 2
+    (copied / "last.pt").unlink()                              # killed between the two renames
+    assert runs.load_last(copied)["step"] == 2
+    for rest in (b"cut", b""):
+        (copied / "last.prev.pt").write_bytes(rest)
+        with pytest.raises(UserError, match="last.prev.pt"):
+            runs.load_last(copied)
+
+
+def test_what_cannot_be_resumed_is_told(copied, tmp_path):
+    assert one_line(resume(tmp_path / "none"), "error: --resume", "last.pt")
+    assert one_line(resume(copied, "model.dim=16"), "error: --resume", "do not fit")
+    (copied / "last.prev.pt").unlink()
+    shutil.copy(copied / "best.pt", copied / "last.pt")
+    assert one_line(resume(copied), "last.pt' cannot be resumed")
+
+
+def test_a_run_is_not_resumed_with_another_recipe(copied):
+    before = (copied / "last.pt").read_bytes()
+    failure = run_train("--backbone", "vit_micro", "--recipe", "paper", "--out", copied, "--resume", "--set", *TINY)
+    assert one_line(failure, "error: --resume", "--recipe grm", "not paper")
+    assert (copied / "last.pt").read_bytes() == before
+
+
+class Bomb:
+    """Unpickled, it would make a folder."""
+    def __reduce__(self):
+        import os
+        return os.mkdir, (str(Bomb.path),)
+
+
+@pytest.mark.parametrize("content", ["text", "pickle", "torch", "other", "cut"])
+def test_a_file_that_is_no_checkpoint_is_one_line_and_does_not_execute(content, run_folder, tmp_path):
+    path, Bomb.path = tmp_path / "x.pt", tmp_path / "ran"
+    if content == "torch":
+        torch.save({"model": Bomb(), "config": {}, "tokenizer": {}, "text_config": {}}, path)
+    elif content == "other":
+        torch.save({"weights": torch.zeros(3)}, path)
+    else:
+        path.write_bytes({"text": b"not a checkpoint", "pickle": pickle.dumps(Bomb(), 2),
+                          "cut": (run_folder / "best.pt").read_bytes()[:5000]}[content])
+    assert one_line(run_eval("--ckpt", path, "--split", "shapes"), "error: ", str(path))
+    assert not Bomb.path.exists()
+
+
+@pytest.mark.parametrize("change", ["a setting more", "a setting less", "no block"])
+def test_a_checkpoint_of_another_version_is_one_line(change, copied):
+    """The code before this one had no model.unit_tokens, no recipe, and other names in last.pt."""
+    checkpoint = torch.load(copied / "last.pt", weights_only=True)
+    model = checkpoint["config"]["model"]
+    if change == "a setting more":
+        model["unheard_of"] = 1
+    elif change == "a setting less":
+        del model["unit_tokens"]
+    else:
+        del checkpoint["config"]["model"]
+    torch.save(checkpoint, copied / "best.pt")
+    assert one_line(run_eval("--ckpt", copied / "best.pt", "--split", "shapes"), "another version")
+
+
+def test_a_run_of_the_code_before_is_not_resumed(copied):
+    for name in ("last.pt", "last.prev.pt"):
+        last = torch.load(copied / name, weights_only=True)
+        last["random_state"] = last.pop("random_states")
+        del last["config"]["recipe"]
+        torch.save(last, copied / name)
+    with pytest.warns(UserWarning, match="last.pt.*cannot be resumed"):
+        assert one_line(resume(copied), "last.prev.pt' cannot be resumed", "another version")
+
+
+def test_a_checkpoint_whose_weights_do_not_fit_is_one_line(copied):
+    checkpoint = torch.load(copied / "best.pt", weights_only=True)
+    checkpoint["model"]["image_proj.weight"] = torch.zeros(2, 2)
+    torch.save(checkpoint, copied / "best.pt")
+    assert one_line(run_eval("--ckpt", copied / "best.pt", "--split", "shapes"), "do not fit", "image_proj")
+
+
+# ---- signals -----------------------------------------------------------------------------------------------
+def test_signals_wait_for_a_step_or_raise_at_once_and_handlers_come_back():
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    signals = runs.Signals()
+    try:
+        with signals.at_once():
+            assert not signals.stop
+        signal.raise_signal(signal.SIGINT)                     # in a step: remembered
+        assert signals.stop
+        with pytest.raises(runs.Stopped), signals.at_once():
+            pytest.fail("a signal that has arrived was forgotten")
+        signals.stop = False
+        with pytest.raises(runs.Stopped), signals.at_once():
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        signals.release()
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
