@@ -13,7 +13,7 @@ import argparse
 import sys
 
 GROUPS = {
-    "paper": {                                       # the paper's rows, named as there
+    "parts": {                                       # the rows of the paper's ablation, named as there
         "without_SA": ["model.image_mask=false"], "without_GA": ["model.text_mask=false"],
         "without_RP": ["model.prompts=false"], "without_UM": ["model.uncertainty=false"],
         "without_L_ori": ["loss.ori=0"], "without_L_key": ["loss.key=0"], "without_L_unc": ["loss.unc=0"],
@@ -36,8 +36,8 @@ def parse_arguments(argv=None):
     add("--data", metavar="NAME", help="default: the backbone's")
     add("--data-root", metavar="DIR", help="default: data")
     add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="settings of every run")
-    add("--variants", nargs="+", default=["full", "paper"], metavar="NAME",
-        help="full, groups, names, or settings as model.tau=0.5,loss.kind=triplet (default: full paper). "
+    add("--variants", nargs="+", default=["full", "parts"], metavar="NAME",
+        help="full, groups, names, or settings as model.tau=0.5,loss.kind=triplet (default: full parts). "
              "Groups: changes (each difference from recipe paper turned back, as paper_loss.kind); "
              + "; ".join(f"{group}: {', '.join(names)}" for group, names in GROUPS.items()))
     add("--seeds", type=int, default=3, metavar="N", help="runs of each variant (default 3)")
@@ -219,8 +219,7 @@ def file_name(text: str) -> str:
 
 
 def environments(count: int | None) -> list[dict]:
-    """What each of the runs that go on at the same time gets: a GPU, or else a core. count: how many, by
-    default one for every GPU, or for every core that has nothing to do."""
+    """What each of `count` runs at a time gets: a GPU or else a core; by default, all GPUs or free cores."""
     if torch.cuda.is_available():
         names = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
         found = [{"CUDA_VISIBLE_DEVICES": name} for name in names.split(",")]
@@ -301,7 +300,6 @@ def summarise(results: dict[str, dict[int, dict]]) -> tuple[list[str], list[dict
 # ---- the tables: results/*.json and RESULTS.md -------------------------------------------------------------
 def save_table(path: Path, title: str, command: str, columns: list[str], rows: list[dict], notes=()) -> dict:
     """Writes a table of RESULTS.md. A file that is there keeps title, conclusion and notes. Its keys:
-
     title; conclusion: one sentence, written by a person; notes: optional, one-line strings; command; commit,
     versions, machine: of runs.provenance; columns: names; rows: {"name", "values": {column: value}}, a value
     being a number, a list of one number a seed, {"mean", "low", "high"}, or null.

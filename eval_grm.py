@@ -99,13 +99,13 @@ def fold_figures(matrix: Tensor, image_of_text: Tensor, folds: int) -> dict[str,
     images, rows = len(matrix), []
     for first, last in ((images * n // folds, images * (n + 1) // folds) for n in range(folds)):
         inside = image_of_text.ge(first) & image_of_text.lt(last)
-        part = matrix if folds == 1 else matrix[first:last, inside]
+        part = matrix if folds == 1 else matrix[first:last, inside]        # one fold needs no copy
         rows.append(recall_at_k(part, image_of_text[inside] - first))
     return {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
 
 
 def figures_table(results: dict[str, dict[str, float]]) -> str:
-    """The figures of each level as text, a row a level."""
+    """The figures as text, one row per level."""
     columns = [f"{way}_{key}" for way in ("i2t", "t2i") for key in ("r1", "r5", "r10", "medr")] + ["rsum"]
     heads = ["R@1", "R@5", "R@10", "MedR"] * 2 + ["rSum"]
     lines = [f"{'':10}{'image to text':^32}{'text to image':^32}",

@@ -8,12 +8,12 @@ from modules import GRM
 
 def gradients(model: GRM, batch: dict, loss, micro_batch: int | None, amp=contextlib.nullcontext(),
               scale=lambda x: x):
-    """The backward pass of one batch -> loss, terms, image and text features, all detached.
+    """Leaves the gradient of one batch in the parameters -> loss, terms, image and text features, detached.
 
     loss: (image, text, image_ids) -> loss, terms. With micro_batch, gradient caching (Gao et al., 2021):
     encode the batch in parts without a graph, differentiate the loss with respect to the features of all,
-    then encode each part again, under the same random numbers, and carry that gradient on. The same gradient,
-    the memory of one part; only batch norm takes its statistics over a part.
+    then encode each part again, under the same random numbers, and carry that gradient on. The gradient is
+    the same, and the encoders need the memory of one part; only batch norm takes its statistics over a part.
     """
     inputs = [batch[key] for key in ("images", "ids", "valid", "words")]
     size = len(batch["images"])
@@ -22,8 +22,7 @@ def gradients(model: GRM, batch: dict, loss, micro_batch: int | None, amp=contex
             image, text = model(*inputs)
             total, terms = loss(image, text, batch["image_ids"])
         scale(total).backward()
-        image, text = (type(features)(*(x.detach() for x in features)) for features in (image, text))
-        return total.detach(), terms, image, text
+        return total.detach(), terms, detached(image), detached(text)
 
     rows = [slice(start, start + micro_batch) for start in range(0, size, micro_batch)]
     random_states, encoded = [], []
@@ -49,7 +48,11 @@ def gradients(model: GRM, batch: dict, loss, micro_batch: int | None, amp=contex
                           if leaf.grad is not None and x.requires_grad)
         carried.backward()
     set_random_state(after)
-    return total.detach(), terms, image, text
+    return total.detach(), terms, detached(image), detached(text)
+
+
+def detached(features):
+    return type(features)(*(x.detach() for x in features))
 
 
 def random_state() -> list[torch.Tensor]:

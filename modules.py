@@ -1,4 +1,4 @@
-"""GRM (AAAI 2026, arXiv 2511.07710), top to bottom in the order of the paper's equations.
+"""GRM (AAAI 2026, arXiv 2511.07710), in the order of the paper's equations. Eq. 7 itself is in similarity.py.
 
 Shapes: B images or captions, L image tokens, M text tokens, d joint width, K region prompts.
 
@@ -27,8 +27,8 @@ LEVELS = ("ori", "key", "unc")
 class SignificanceAdapter(nn.Module):
     """Eq. 1: which tokens matter, judged inside one modality. A = GumbelSoftmax(W2 GELU(W1 V), tau)[:, 1]
 
-    Training draws a soft mask; evaluation takes the softmax itself. With `keep`, the logits of an image
-    (caption) are shifted alike, so that the mask's expected mean is `keep` and it cannot saturate.
+    Training draws a soft mask; evaluation takes the softmax itself. With a budget `keep`, the logits of an
+    image (caption) are shifted alike, so that the softmax has the mean `keep` and the mask cannot saturate.
 
     forward: tokens (B, L, dim), valid (B, L) bool or None -> mask (B, L) in [0, 1], 0 where invalid.
     """
@@ -52,8 +52,8 @@ class SignificanceAdapter(nn.Module):
 def budget_shift(score: Tensor, valid: Tensor, keep: float) -> Tensor:
     """The b (B, 1) for which sigmoid(score - b), (B, L), has the mean `keep` over each row's valid entries.
 
-    A search that cuts the interval into eight, seven times, finds b roughly. One Newton step makes it exact
-    and carries the gradient of the implicit function.
+    A search that cuts the interval into eight, seven times, finds b roughly in few operations, which is what
+    counts on a GPU. One Newton step makes it exact and carries the gradient of the implicit function.
     """
     count = valid.sum(1, keepdim=True).clamp_min(1)
 
@@ -103,16 +103,16 @@ class RegionPrompts(nn.Module):
         self.bias = nn.Parameter(torch.tensor(bias), requires_grad=learned)
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        products = (tokens @ F.normalize(self.prompts, dim=-1).T).float()                        # (B, L, K)
-        log_scores = F.logsigmoid(self.log_scale.exp() * products + self.bias)
+        products = (tokens @ F.normalize(self.prompts, dim=-1).T).float()
+        log_scores = F.logsigmoid(self.log_scale.exp() * products + self.bias)     # (B, L, K)  Eq. 2: log A_r
         log_weights = log_scores
         if mask is not None:
             log_weights = log_scores + mask.float().clamp_min(1e-30).log()[..., None]
         # The softmax of a logarithm divides by the column's sum without underflow.
-        attention = log_weights.softmax(1)
+        attention = log_weights.softmax(1)                                         # (B, L, K)  Eq. 3: A^_r
         if mask is not None:
             attention = attention * (mask > 0)[..., None]
-        means = attention.transpose(1, 2).to(tokens.dtype) @ tokens                              # (B, K, d)
+        means = attention.transpose(1, 2).to(tokens.dtype) @ tokens                # (B, K, d)  Eq. 3: mu
         return means, attention, log_scores.exp()
 
 
@@ -136,13 +136,15 @@ class GaussianSampler(nn.Module):
         nn.init.zeros_(self.log_var.bias)
 
     def forward(self, means: Tensor, attention: Tensor) -> tuple[Tensor, Tensor]:
-        phi = self.log_var(F.gelu(self.hidden(means / math.sqrt(self.prior)))).float()           # (B, K, d)
-        log_var = math.log(self.prior) + phi.clamp(-8, 8)         # the clamp only guards exp against overflow
+        phi = self.log_var(F.gelu(self.hidden(means / math.sqrt(self.prior)))).float()
+        # The clamp only guards exp against overflow.
+        log_var = math.log(self.prior) + phi.clamp(-8, 8)                          # (B, K, d)  Eq. 4
         if not (self.training and self.sample):
             return means, log_var
-        shrink = attention.float().square().sum(1).sqrt()[..., None]                             # (B, K, 1)
+        shrink = attention.float().square().sum(1).sqrt()[..., None]               # (B, K, 1)
         # The noise is float32, as log_var is, also under autocast.
-        return means + torch.randn_like(log_var) * (0.5 * log_var).exp() * shrink, log_var
+        regions = means + torch.randn_like(log_var) * (0.5 * log_var).exp() * shrink           # Eq. 5-6
+        return regions, log_var
 
 
 # ---- Eq. 8: the contrastive loss of a level (Eq. 7 is similarity.py) ---------------------------------------
@@ -202,7 +204,7 @@ class ImageFeatures(NamedTuple):
     mean: Tensor                        # (B, 1, d) the mean of V^
     means: Tensor | None = None         # (B, K, d) mu
     log_var: Tensor | None = None       # (B, K, d) log sigma^2
-    attention: Tensor | None = None     # (B, L, K) A_r, columns normalised
+    attention: Tensor | None = None     # (B, L, K) A^_r, whose columns sum to 1
     scores: Tensor | None = None        # (B, L, K) A_r
 
 
@@ -307,22 +309,22 @@ class GRM(nn.Module):
         scores["combined"] = sum(self.levels[level] * scores[level] for level in scores)
         return scores
 
-    def loss(self, image: ImageFeatures, text: TextFeatures, image_ids: Tensor, loss: dict,
-             progress: float = 1.0) -> tuple[Tensor, dict]:
+    def loss(self, image: ImageFeatures, text: TextFeatures, image_ids: Tensor, settings: dict,
+             epochs: float = math.inf) -> tuple[Tensor, dict]:
         """Eq. 9 and 13: a L_ori + b L_key + c L_unc + consistency * L_recon + kl * L_KL + entropy * L_ent.
 
-        loss: the configuration's block. progress: the part of training that is done, of which the first
-        `loss.ramp` takes all negatives and scales L_con up from 0. Returns the loss and its terms, detached.
+        settings: the `loss` block of the configuration. epochs: how many are done; the first `ramp` of them
+        take all negatives and scale L_con up from 0. Returns the loss and its terms, detached.
         """
-        return self.loss_of(self.similarity(image, text), image, image_ids, loss, progress)
+        return self.loss_of(self.similarity(image, text), image, image_ids, settings, epochs)
 
-    def loss_of(self, scores: dict[str, Tensor], image: ImageFeatures, image_ids: Tensor, loss: dict,
-                progress: float = 1.0) -> tuple[Tensor, dict]:
+    def loss_of(self, scores: dict[str, Tensor], image: ImageFeatures, image_ids: Tensor, settings: dict,
+                epochs: float = math.inf) -> tuple[Tensor, dict]:
         """`loss`, given what `similarity` returned."""
-        ramping = progress < loss["ramp"]
-        scale = progress / loss["ramp"] if ramping else 1.0
-        settings = loss["kind"], loss["temperature"], loss["margin"]
-        terms = {level: contrastive_loss(scores[level], image_ids, *settings, hardest=not ramping)
+        ramping = epochs < settings["ramp"]
+        scale = epochs / settings["ramp"] if ramping else 1.0
+        kind = settings["kind"], settings["temperature"], settings["margin"]
+        terms = {level: contrastive_loss(scores[level], image_ids, *kind, hardest=not ramping)
                  for level in LEVELS if level in scores}
         total = scale * sum(self.levels[level] * term for level, term in terms.items())
         if self.levels["unc"]:                          # the regularisers act on regions, which only unc uses
@@ -330,7 +332,7 @@ class GRM(nn.Module):
             terms["entropy"] = entropy_loss(image.scores)
             if self.sampler.sample:
                 terms["kl"] = kl_loss(image.means, image.log_var, self.sampler.prior)
-        total = total + sum(loss[name] * term for name, term in terms.items() if name not in LEVELS)
+        total = total + sum(settings[name] * term for name, term in terms.items() if name not in LEVELS)
         return total, {name: term.detach() for name, term in terms.items()}
 
 

@@ -1,6 +1,6 @@
 """Training in several processes ("ranks"), as torchrun starts them. One process passes through none of this.
 
-Each rank encodes its part of the batch. Captions travel; images, which have more tokens, stay: a rank
+Each rank encodes its part of the batch. Only captions are exchanged, because they have fewer tokens: a rank
 compares its images with the captions of all, and the ranks exchange these rows, so that no pair is computed
 twice. Every rank then has the loss of the whole batch. The gradients of the ranks are averaged, which gives
 every parameter the gradient that one process would compute.
@@ -41,11 +41,11 @@ class SharedRun:
                                         "train.batch_size or lower --nproc_per_node")
 
     # ---- a step --------------------------------------------------------------------------------------------
-    def loss(self, image, text, image_ids, progress):
-        return shared_loss(self.model, image, text, image_ids, self.config["loss"], progress)
+    def loss(self, image, text, image_ids, epochs):
+        return shared_loss(self.model, image, text, image_ids, self.config["loss"], epochs)
 
-    def gradients(self, batch, progress):
-        total, terms, image, text = super().gradients(batch, progress)
+    def gradients(self, batch, epochs):
+        total, terms, image, text = super().gradients(batch, epochs)
         average([p.grad for p in self.model.parameters() if p.grad is not None])
         average(values := [total, *terms.values()])
         return values[0], dict(zip(terms, values[1:])), image, text
@@ -120,7 +120,7 @@ def start() -> torch.device:
     return torch.device("cuda", local) if gpus else torch.device("cpu")
 
 
-def shared_loss(model: modules.GRM, image, text, image_ids: Tensor, loss: dict, progress: float):
+def shared_loss(model: modules.GRM, image, text, image_ids: Tensor, loss: dict, epochs: float):
     """GRM.loss for b of the B pairs of a batch -> loss and terms whose means over the ranks are those of the
     batch."""
     valid, mask = (x[..., None].to(text.tokens) for x in (text.valid, text.mask))
@@ -131,7 +131,7 @@ def shared_loss(model: modules.GRM, image, text, image_ids: Tensor, loss: dict, 
     ids = gather(image_ids)
     share = dist.get_world_size() * len(image_ids) / len(ids)        # 1, but for the parts of an uneven batch
     loss = loss | {name: share * loss[name] for name in REGULARISERS}
-    total, terms = model.loss_of(dict(zip(rows, whole.unbind(1))), image, ids, loss, progress)
+    total, terms = model.loss_of(dict(zip(rows, whole.unbind(1))), image, ids, loss, epochs)
     return total, {name: share * term if name in REGULARISERS else term for name, term in terms.items()}
 
 

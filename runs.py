@@ -20,7 +20,7 @@ from encoders import one_line
 
 SECTIONS = ("image", "text", "model", "loss", "augment", "data", "train")
 FREE = ("image.options", "text.options", "datasets")               # below these, --set may add keys
-# Where the least is an int, so is the value.
+# The least value of each setting. If it is a whole number, the value must be one too.
 AT_LEAST = {"train.epochs": 1, "train.max_steps": 1, "train.batch_size": 1, "train.micro_batch": 1,
             "train.log_every": 1, "train.val_every": 1, "train.max_bad_steps": 1, "image.size": 1,
             "text.max_length": 3, "model.dim": 1, "model.num_prompts": 1, "data.workers": 0, "train.seed": 0,

@@ -115,7 +115,7 @@ PLAIN, FULL = (1, 2), (0, 1, 2)  # what a phrase says of an object: colour and s
 NUMBERS = {1: "a", 2: "two", 3: "three", 4: "four"}
 RELATIONS = {"left": ("to the left of", "left of"), "right": ("to the right of", "on the right of"),
              "above": ("above", "over"), "below": ("below", "under"), "near": ("near", "next to")}
-OPENINGS = (("", "a", "is"), ("there is", "a", ""), ("a picture of", "a", ""), ("", "some", "is"))
+OPENINGS = ("", "a", "is"), ("there is", "a", ""), ("a picture of", "a", ""), ("", "some", "is")
 
 
 @dataclass
@@ -247,9 +247,8 @@ def reading(caption, phrases, objects):
     """-> a function that tells whether the caption is true of a scene's objects. Lists and counts leave none
     out. `objects`, which the caption was written for, tell whether its first phrase sums up the others."""
     groups, total = [parse(phrase.text) for phrase in phrases], None
-    between = caption[phrases[0].end:phrases[1].start] if len(phrases) > 1 else ""
-    between = between.removeprefix(" is").strip()
-    stated = next((name for name, texts in RELATIONS.items() if between in texts), None)
+    after = caption[phrases[0].end:].removeprefix(" is").strip()
+    stated = next((name for name, texts in RELATIONS.items() if after.startswith(texts)), None)
     if not stated and sum(n for n, _ in groups) != len(objects):
         total, *groups = groups
     said = [words for n, words in groups for _ in range(n)]
@@ -257,14 +256,11 @@ def reading(caption, phrases, objects):
     def is_true(scene):
         if not stated and len(scene) != len(said):
             return False
-        if total and sum(o.fits(total[1]) for o in scene) != total[0]:
-            return False
         fitting = [[k for k, o in enumerate(scene) if o.fits(words)] for words in said]
-        for some in itertools.product(*fitting):
-            if len(set(some)) == len(said):  # one object for each description
-                if not stated or stated in relations(scene[some[0]], scene[some[1]]):
-                    return True
-        return False
+        found = (some for some in itertools.product(*fitting) if len(set(some)) == len(said))
+        if stated:
+            return any(stated in relations(scene[some[0]], scene[some[1]]) for some in found)
+        return any(found) and (total is None or sum(o.fits(total[1]) for o in scene) == total[0])
 
     return is_true
 

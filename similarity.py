@@ -1,7 +1,8 @@
 """Eq. 7, the similarity of every image with every caption: first as one would write it, then fast.
 
-The fast form is exact and takes the products in tiles. Evaluation and a CPU's training leave padding out, and
-training has a sparse backward pass. CUDA's training pads captions: few large kernels beat many small ones.
+The fast form takes the products in tiles and is exact up to their precision. Evaluation, and training on a
+CPU, leave padding out, and the backward pass is sparse. Training on CUDA pads captions and has a dense
+backward pass, because there few large kernels beat many small ones.
 
 Shapes: I images, L image tokens, T captions, M text tokens, d joint width, W weightings of the same tokens.
 """
@@ -9,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-# Captions a matrix product, and products held at once: enough to hide the cost of launching an operation, few
-# enough that on a CPU the maxima read the products from the last-level cache.
+# Captions in one matrix product, and products held at once: enough to hide the cost of launching an
+# operation, few enough that on a CPU the maxima read the products from the last-level cache.
 BLOCK = {"cpu": 64, "cuda": 1024}
 TILE = {"cpu": 2 ** 22, "cuda": 2 ** 26}
 PADDED = {"cuda"}       # where training pads captions

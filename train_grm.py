@@ -80,7 +80,7 @@ class Run:
 
     # ---- the loop ------------------------------------------------------------------------------------------
     def train(self):
-        """From where the run is to its end: everything that happens, in the order in which it happens."""
+        """The training loop: steps, logging, checkpoints and validation, in the order they happen."""
         config, seconds = self.config["train"], []
         self.bar = tqdm(total=self.total_steps, initial=self.step, desc="train", unit="step",
                         disable=self.rank > 0, dynamic_ncols=True, mininterval=0.5 if self.progress else 15)
@@ -88,17 +88,17 @@ class Run:
             self.model.train()
             started = time.perf_counter()
             for batch in self.rest_of_epoch():
-                # A step: the rate, the forward and backward pass, the optimiser.
-                progress = self.step / self.total_steps
+                # One step.
+                epochs = self.step / len(self.sampler)
                 rate = learning_rate(self.step, self.total_steps, config["warmup"], config["milestones"])
                 for group in self.optimizer.param_groups:
                     group["lr"] = group["peak"] * rate
                 self.optimizer.zero_grad(set_to_none=True)
-                loss, terms, image, text = self.gradients(batch, progress)
+                loss, terms, image, text = self.gradients(batch, epochs)
                 self.scaler.unscale_(self.optimizer)
                 norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config["clip"])
                 loss, norm = torch.stack([loss, norm]).tolist()
-                finite = self.is_finite(loss, norm)
+                finite = self.may_step(loss, norm)
                 if finite:
                     self.scaler.step(self.optimizer)
                     self.skipped_in_a_row = 0
@@ -106,7 +106,7 @@ class Run:
                 self.step += 1
                 self.bar.update()
 
-                # What is told of it.
+                # Logging.
                 seconds.append(time.perf_counter() - started)
                 self.trained += seconds[-1]
                 if not finite:
@@ -116,7 +116,7 @@ class Run:
                     self.log_step(loss, config["lr"] * rate, norm, speed, terms, image, text)
                     seconds.clear()
 
-                # What is kept, by the clock or because a signal arrived.
+                # A checkpoint, by the clock or because a signal arrived.
                 stop, late = self.stop_or_late()
                 if (stop or late) and self.step < self.total_steps:
                     self.save_last()
@@ -140,17 +140,17 @@ class Run:
             if self.step == self.total_steps:
                 return
 
-    def gradients(self, batch: dict, progress: float):
+    def gradients(self, batch: dict, epochs: float):
         def loss(image, text, image_ids):
-            return self.loss(image, text, image_ids, progress)
+            return self.loss(image, text, image_ids, epochs)
 
         micro_batch = self.config["train"]["micro_batch"]
         return gradients(self.model, batch, loss, micro_batch, self.amp, self.scaler.scale)
 
-    def loss(self, image, text, image_ids, progress: float):
-        return self.model.loss(image, text, image_ids, self.config["loss"], progress)
+    def loss(self, image, text, image_ids, epochs: float):
+        return self.model.loss(image, text, image_ids, self.config["loss"], epochs)
 
-    def is_finite(self, loss: float, norm: float) -> bool:
+    def may_step(self, loss: float, norm: float) -> bool:
         """Whether a step may be taken. A gradient that overflows in fp16 is the scaler's to mend, until the
         scale is so low that nothing can have overflown."""
         overflow = self.scaler.is_enabled() and self.scaler.get_scale() >= 1
@@ -198,11 +198,13 @@ class Run:
             names, split, what = [self.val_split.name], self.val_split, "validation"
         folds = {name: self.names[name.split("[")[0]][2] for name in names}
         folds = {name: count for name, count in folds.items() if count <= len(split)}
-        for (name, count), results in zip(folds.items(), self.evaluate(split, list(folds.values()))):
-            self.say(f"\nbest.pt (step {self.step}) on {eval_grm.describe(name, split, count)}\n"
+        tables = dict(zip(folds, self.evaluate(split, list(folds.values()))))
+        for name, results in tables.items():
+            self.say(f"\nbest.pt (step {self.step}) on {eval_grm.describe(name, split, folds[name])}\n"
                      f"{eval_grm.figures_table(results)}")
             self.log({"test_split": name, "test": results})
-        self.say(f"{what} rSum {results['combined']['rsum']:.1f}")
+        rsums = ", ".join(f"{results['combined']['rsum']:.1f} ({name})" for name, results in tables.items())
+        self.say(f"{what} rSum {rsums}")
 
     # ---- its parts -----------------------------------------------------------------------------------------
     def load_data(self):
@@ -341,7 +343,7 @@ class Run:
         what = f"the gradient's norm is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
         images = [self.train_split.image_names[i] for i in self.image_ids(batch)]
         self.log({"skipped": what, "images": images})
-        self.say(f"step {self.step} is skipped: {what}; images {', '.join(images[:3])}, ... (metrics.jsonl)")
+        self.say(f"step {self.step} is skipped: {what}; its images are in metrics.jsonl")
         require(self.skipped_in_a_row < self.config["train"]["max_bad_steps"],
                 f"{what} at step {self.step}, the {self.skipped_in_a_row}th in a row that is not finite: "
                 f"try a lower train.lr or train.amp=false; {self.out / 'last.pt'} is from before")
@@ -354,7 +356,7 @@ class Run:
         if names:
             self.log({"bad_images": names})
             self.say(f"{len(names)} images could not be read, and others took their place: "
-                     f"{', '.join(names[:10])}, ... (all in metrics.jsonl)")
+                     f"{', '.join(names[:10])}{', ... (all in metrics.jsonl)' if len(names) > 10 else ''}")
 
 
 # ---- the parts of a step -----------------------------------------------------------------------------------
@@ -370,7 +372,7 @@ def learning_rate(step: int, total: int, warmup: float, milestones=()) -> float:
 
 
 def parameter_groups(model: modules.GRM, train: dict, pretrained: dict[str, bool]) -> list[dict]:
-    """New layers at lr, pretrained encoders at a fraction of it; no decay on biases, norms, other vectors."""
+    """New layers at lr, pretrained encoders at a fraction of it; no weight decay on biases and norms."""
     groups = {}
     for name, parameter in model.named_parameters():
         rate = train["lr"] * (train["encoder_lr"] if pretrained.get(name.split(".")[0]) else 1.0)

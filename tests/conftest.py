@@ -1,10 +1,13 @@
 """What the tests share: the repository on the path, a tiny model, and the way a script is run."""
+import contextlib
 import json
+import multiprocessing
 import os
+import signal
 import sys
 from pathlib import Path
 
-os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("GRM_TEST_GPU", "")    # on the CPU, figures are equal to the digit
+os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("GRM_TEST_GPU", "")    # on the CPU, figures are exact
 
 import numpy as np
 import pytest
@@ -18,10 +21,11 @@ sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)                                       # models this small gain nothing from more
 
 # a run of vit_micro that takes seconds
-TINY = ["image.name=vit_tiny_patch16_224", "image.options={patch_size: 16, embed_dim: 32, depth: 1, num_heads: 2}",
-        "model.dim=32", "text.options={hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2, "
-        "intermediate_size: 64}", "datasets.shapes.scenes={train: 64, val: 24, test: 32}", "train.batch_size=16",
-        "train.val_every=1", "data.val_split=null"]
+TINY = ["image.name=vit_tiny_patch16_224", "model.dim=32",
+        "image.options={patch_size: 16, embed_dim: 32, depth: 1, num_heads: 2}",
+        "text.options={hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 64}",
+        "datasets.shapes.scenes={train: 64, val: 24, test: 32}", "train.batch_size=16", "train.val_every=1",
+        "data.val_split=null"]
 
 
 @pytest.fixture(params=["paper", "grm"])
@@ -62,6 +66,25 @@ def exit_of(script, argv):
             return script.main(script.parse_arguments(argv))
     except SystemExit as stop:
         return stop.code
+
+
+@contextlib.contextmanager
+def signal_at(owner, name, call, number=signal.SIGTERM):
+    """The signal arrives as owner.name is called for the `call`th time, also in processes that load data."""
+    calls, real = [], getattr(owner, name)
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == call:
+            for child in multiprocessing.active_children():
+                os.kill(child.pid, number)
+            signal.raise_signal(number)
+        return real(*args, **kwargs)
+    setattr(owner, name, interrupted)
+    try:
+        yield
+    finally:
+        setattr(owner, name, real)
 
 
 def records(out):

@@ -14,7 +14,7 @@ import yaml
 import ablate_grm
 import modules
 import runs
-from conftest import CONFIG, TINY
+from conftest import CONFIG, TINY, records
 from data import UserError
 
 IMAGES = torch.randn(4, 3, 2, 3, generator=torch.Generator().manual_seed(0))
@@ -95,10 +95,10 @@ def test_without_uncertainty_regions_are_their_means_in_training_and_l_kl_is_gon
     assert "kl" in terms and not torch.allclose(image.regions, image.means)
 
 
-@pytest.mark.parametrize("variant", [*ablate_grm.GROUPS["paper"], "ori_alone"])
+@pytest.mark.parametrize("variant", [*ablate_grm.GROUPS["parts"], "ori_alone"])
 def test_every_row_of_the_paper_turns_off_what_it_names_and_trains(variant, switched):
     full = switched()[-1]
-    terms = switched(*(ablate_grm.GROUPS["paper"] | ablate_grm.GROUPS["ori_alone"])[variant])[-1]
+    terms = switched(*(ablate_grm.GROUPS["parts"] | ablate_grm.GROUPS["ori_alone"])[variant])[-1]
     gone = {"without_L_ori": {"ori"}, "without_L_key": {"key"}, "without_UM": {"kl"},
             "without_L_unc": full.keys() - {"ori", "key"}, "ori_alone": full.keys() - {"ori"}}
     assert full.keys() - terms.keys() == gone.get(variant, set())
@@ -147,7 +147,7 @@ def test_variants_are_names_groups_or_settings():
     assert variants_of("full", "without_SA", settings) == {
         "full": [], "without_SA": ["model.image_mask=false"],
         settings: ["train.lr=1e-4", "augment.crop=[0.5, 1.0]", "model.tau=2"]}
-    assert len(variants_of("paper")) == 9 and len(variants_of("weights", "weights_0.2_0.2_0.6")) == 5
+    assert len(variants_of("parts")) == 9 and len(variants_of("weights", "weights_0.2_0.2_0.6")) == 5
 
 
 @pytest.mark.parametrize("argv, said", [
@@ -230,11 +230,14 @@ def test_a_signal_saves_a_run_and_the_same_command_does_what_is_left(tmp_path, c
     printed = capsys.readouterr().out
     assert "2 of 2 runs to do" in printed and "| without_L_unc | 1 |" in printed
     assert not (tmp_path / "full" / "seed3.1").exists()          # resumed, not begun again
-    lines = map(json.loads, (full / "metrics.jsonl").read_text().splitlines())
-    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 41))
+    lines = [[line for line in records(folder / "seed3") if "loss" in line]
+             for folder in (tmp_path / "full", tmp_path / "without_L_unc")]
+    assert [line["step"] for line in lines[0]] == list(range(1, 41))
     table = json.loads((tmp_path / "table.json").read_text())
     assert [row["name"] for row in table["rows"]] == ["full", "without_L_unc"]
     assert table["title"] == "vit_micro, recipe grm, on shapes" and table["rows"][1]["values"]["difference"]
+    speeds = [np.median([line["images_per_s"] for line in found]) for found in lines]
+    assert table["rows"][1]["values"]["time"] == pytest.approx(speeds[0] / speeds[1])
 
     times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("seed3*")}
     ablate_grm.main(arguments(*argv))                            # finished: recognised, nothing is touched

@@ -48,7 +48,7 @@ def test_the_parts_of_a_step_and_the_step_are_rows_of_a_table(recipe, tiny_confi
     assert step.keys() == {f"{part}, ms" for part in (
         "image encoder", "text encoder", "heads, similarity, loss", "optimiser", "not encoders",
         "whole step")}
-    assert step["whole step, ms"]["ratio"] == 1
+    assert step["whole step, ms"]["ratio"] == 1 and step["optimiser, ms"]["ratio"] < 1
     assert all(values["figure"] > 0 for values in figures.values())
     assert figures["similarity: 4 x 5 x 8 x 16: GEMM, pairs/s"]["ratio"] == 1
     assert "evaluation: 8 x 40: similarity, s" in figures

@@ -33,7 +33,7 @@ def sorted_ranks(similarity, owner):
 @pytest.mark.parametrize("ties", [False, True])
 def test_recalls_and_median_ranks_equal_a_full_sort(ties):
     rng = np.random.default_rng(0)
-    owner = np.sort(rng.integers(0, 30, 90))                       # any number of captions an image, also none
+    owner = np.sort(rng.integers(0, 30, 90))                   # any number of captions an image, also none
     s = rng.normal(size=(30, 90)) + 1.5 * (owner[None] == np.arange(30)[:, None])
     s = np.round(s) if ties else s
     figures = recall_at_k(torch.tensor(s), torch.tensor(owner))
@@ -84,7 +84,7 @@ def test_folds_are_the_mean_over_consecutive_groups(matcher):
     parts = [matcher.evaluate(split.subset(slice(a, a + 8)), progress=False)[0] for a in range(0, 32, 8)]
     for level in LEVELS:
         assert folded[level]["rsum"] == pytest.approx(np.mean([part[level]["rsum"] for part in parts]))
-    assert folded["combined"]["t2i_r10"] > whole["combined"]["t2i_r10"]                # fewer distractors, easier
+    assert folded["combined"]["t2i_r10"] > whole["combined"]["t2i_r10"]            # fewer distractors, easier
 
 
 def test_the_batch_size_changes_no_figure(matcher):
@@ -128,19 +128,21 @@ def test_score_is_evaluations_matrix(grm, scenes, level, monkeypatch):
 
 
 def test_encoded_features_have_the_documented_shapes_and_can_be_kept_and_joined(grm, scenes):
-    split, paths, texts = scenes
+    _, paths, texts = scenes
     images, sentences = grm.encode_images(paths, batch_size=3), grm.encode_texts(texts, batch_size=4)
     d, K = grm.config["model"]["dim"], grm.config["model"]["num_prompts"]
     longest = max(len(grm.tokenizer(text).input_ids) for text in texts)
     assert isinstance(images, ImageFeatures) and isinstance(sentences, TextFeatures)
     assert images.tokens.shape == (7, 16, d) and images.mask.shape == (7, 16)
     assert images.regions.shape == (7, K, d) and images.mean.shape == (7, 1, d)
-    assert sentences.tokens.shape == (35, longest, d) and sentences.valid.shape == sentences.mask.shape == (35, longest)
+    assert sentences.tokens.shape == (35, longest, d)
+    assert sentences.valid.shape == sentences.mask.shape == (35, longest)
     assert all(x.device.type == "cpu" and not x.requires_grad for x in (*images, *sentences))
     torch.testing.assert_close(images.tokens.norm(dim=-1), torch.ones(7, 16))
     scores = grm.score(paths, texts)
     torch.testing.assert_close(grm.similarity(images, sentences), scores)
-    joined = ImageFeatures(*(torch.cat(x) for x in zip(grm.encode_images(paths[:2]), grm.encode_images(paths[2:]))))
+    halves = grm.encode_images(paths[:2]), grm.encode_images(paths[2:])
+    joined = ImageFeatures(*(torch.cat(x) for x in zip(*halves)))
     torch.testing.assert_close(grm.similarity(joined, sentences), scores)
     some = TextFeatures(*(torch.cat([x[9:], x[:9]]) for x in sentences))
     torch.testing.assert_close(grm.similarity(images, some), torch.cat([scores[:, 9:], scores[:, :9]], 1))
@@ -152,7 +154,8 @@ def test_a_mistake_in_python_is_one_line(grm, scenes, tmp_path):
     for call, said in ((lambda: grm.score(paths, texts, "all"), "ori, key, unc, combined"),
                        (lambda: grm.score([tmp_path / "gone.jpg"], texts), "gone.jpg"),
                        (lambda: grm.score([tmp_path / "text.jpg"], texts), "text.jpg"),
-                       (lambda: grm.score([], texts), "no images"), (lambda: grm.score(paths, []), "no sentences"),
+                       (lambda: grm.score([], texts), "no images"),
+                       (lambda: grm.score(paths, []), "no sentences"),
                        (lambda: eval_grm.load("gone.pt"), "no such checkpoint")):
         with pytest.raises(UserError, match=said) as error:
             call()
@@ -168,8 +171,8 @@ def test_evaluation_prints_every_level_and_writes_metrics(run_folder, grm, tmp_p
     report = json.loads((tmp_path / "report" / "metrics.json").read_text())
     expected, = grm.evaluate(data.load_split("shapes", grm.config["datasets"], ""), progress=False)
     assert report.pop("levels") == expected and list(expected) == LEVELS
-    assert report == {"checkpoint": str(run_folder / "best.pt"), "recipe": "grm", "step": 2, "split": "shapes",
-                      "images": 32, "captions": 160, "folds": 1}
+    assert report == {"checkpoint": str(run_folder / "best.pt"), "recipe": "grm", "step": 2,
+                      "split": "shapes", "images": 32, "captions": 160, "folds": 1}
     assert set(expected["combined"]) == {f"{way}_{key}" for way in ("i2t", "t2i")
                                          for key in ("r1", "r5", "r10", "medr")} | {"rsum"}
 

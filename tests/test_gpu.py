@@ -2,21 +2,20 @@
 
     GRM_TEST_GPU=0 python -m pytest tests/test_gpu.py
 """
-import signal
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT, TINY, run_train
+from conftest import ROOT, TINY, run_train, signal_at
 from test_similarity import both, literal, sample
-from test_train import built, distance, gradients_with_and_without_caching
+from test_train import INPUTS, built, distance, gradients_with_and_without_caching
 
 import runs
 import train_grm
 from similarity import token_similarities
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU, or it is hidden: see GRM_TEST_GPU")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU, or without GRM_TEST_GPU=0")
 CUDA = torch.device("cuda")
 PRECISIONS = [torch.float32, torch.bfloat16]
 
@@ -67,7 +66,7 @@ def test_gpu_and_cpu_agree(recipe, dtype, limit):
     for device, precision in (("cpu", torch.float32), ("cuda", dtype)):
         model, batch, _ = built(recipe, 32, device=device)
         with torch.no_grad(), torch.autocast(device, precision, enabled=precision != torch.float32):
-            scores.append(model.eval().similarity(*model(*(batch[key] for key in ("images", "ids", "valid", "words")))))
+            scores.append(model.eval().similarity(*model(*(batch[key] for key in INPUTS))))
     assert distance(scores[1].values(), scores[0].values()) <= limit
 
 
@@ -75,22 +74,14 @@ def test_gpu_and_cpu_agree(recipe, dtype, limit):
 def test_a_run_stops_and_resumes(recipe, dtype, tmp_path, monkeypatch):
     """A GPU's sums may differ between two runs left alone; a resumed one may differ from them as much."""
     monkeypatch.setattr(runs, "amp_type", lambda device: dtype)
-    real = train_grm.gradients
 
-    def train(out, *flags, stop_at=None):
-        steps = []
-
-        def gradients(*args):
-            steps.append(1)
-            if len(steps) == stop_at:
-                signal.raise_signal(signal.SIGTERM)
-            return real(*args)
-        monkeypatch.setattr(train_grm, "gradients", gradients)
-        failure = run_train("--backbone", "vit_micro", "--recipe", recipe, "--out", tmp_path / out, *flags, "--set",
-                            *TINY, "train.epochs=2")
+    def train(out, *flags):
+        failure = run_train("--backbone", "vit_micro", "--recipe", recipe, "--out", tmp_path / out, *flags,
+                            "--set", *TINY, "train.epochs=2")
         return failure, runs.load_last(tmp_path / out)
     one, two = (train(out)[1] for out in ("one", "two"))
-    assert "stopped at step 6 of 40" in train("cut", stop_at=6)[0]
+    with signal_at(train_grm, "gradients", 6):
+        assert "stopped at step 6 of 40" in train("cut")[0]
     failure, last = train("cut", "--resume")
     assert failure is None and last["step"] == 40
     assert bool(last["scaler"]) == (dtype == torch.float16) and last["skipped"] == one["skipped"]
@@ -99,14 +90,13 @@ def test_a_run_stops_and_resumes(recipe, dtype, tmp_path, monkeypatch):
 
 
 def test_deterministic_runs_and_torchrun_train(tmp_path):
-    command = ["train_grm.py", "--config", "configs.yaml", "--backbone", "vit_micro", "--out", tmp_path / "run",
+    command = ["train_grm.py", "--config", "configs.yaml", "--backbone", "vit_micro", "--out", tmp_path,
                "--set", *TINY, "train.max_steps=4"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone"]
 
     def run(*argv):
-        return subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
-    for argv in ((sys.executable, *command, "train.deterministic=true"), (*torchrun, "--nproc_per_node=1", *command)):
-        done = run(*argv)
+        return subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=True, text=True)
+    for done in (run(*command, "train.deterministic=true"), run(*torchrun, "--nproc_per_node=1", *command)):
         assert done.returncode == 0 and "test rSum" in done.stdout, done.stderr
     too_many = run(*torchrun, f"--nproc_per_node={torch.cuda.device_count() + 1}", *command)
     assert too_many.returncode != 0 and "lower --nproc_per_node" in too_many.stderr

@@ -1,13 +1,12 @@
-"""ranks.py: two processes with half a batch each do what one does with the whole, and stop and go on together."""
+"""ranks.py: two processes with half a batch each do what one does with all, and stop and go on together."""
 import contextlib
 import os
-import signal
 import socket
 
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import CONFIG, TINY, records, run_train
+from conftest import CONFIG, TINY, records, run_train, signal_at
 from test_train import distance, some_pairs
 
 import data
@@ -18,8 +17,9 @@ import runs
 import train_grm
 
 RAMP = ["loss.kind=triplet", "loss.ramp=0.2"]
-CASES = {                         # recipe, settings, pairs in the batch, pairs encoded at a time, part of training
-    "whole": ("grm", [], 64, None, 1.0), "in parts": ("grm", [], 64, 12, 1.0), "uneven": ("grm", [], 63, None, 1.0),
+CASES = {                                # recipe, settings, pairs, pairs encoded at a time, part of training
+    "whole": ("grm", [], 64, None, 1.0), "in parts": ("grm", [], 64, 12, 1.0),
+    "uneven": ("grm", [], 63, None, 1.0),
     "one rank in parts, one whole": ("grm", [], 63, 31, 1.0), "triplet": ("grm", RAMP, 64, None, 1.0),
     "triplet, in its ramp": ("grm", RAMP, 64, None, 0.1), "recipe paper": ("paper", [], 63, None, 1.0),
     "recipe paper, in its ramp and in parts": ("paper", [], 63, 12, 0.5 / 30)}
@@ -61,21 +61,11 @@ def evaluated(recipe, rank, count):
 
 
 def train(out, *flags, stop_at=None):
-    """The training script in this process; a signal reaches this rank at step stop_at. -> exit message."""
-    steps, real = [], train_grm.gradients
-
-    def gradients(*args):
-        steps.append(1)
-        if len(steps) == stop_at:
-            signal.raise_signal(signal.SIGTERM)
-        return real(*args)
-    train_grm.gradients = gradients
-    try:
+    """The training script in this process; a signal reaches this rank at step stop_at. -> exit message"""
+    with signal_at(train_grm, "gradients", stop_at):
         return run_train("--backbone", "vit_micro", "--out", out, *flags, "--set", *TINY, "train.epochs=1",
                          "train.batch_size=15", "train.micro_batch=4", "train.log_every=1",
                          "datasets.shapes.scenes={train: 16, val: 8, test: 8}")
-    finally:
-        train_grm.gradients = real
 
 
 def one_rank(rank, ports, folder):
@@ -94,6 +84,7 @@ def one_rank(rank, ports, folder):
                 "figures": {recipe: evaluated(recipe, rank, 2) for recipe in ("paper", "grm")}}
     results = joined(silent)
     results["whole"] = joined(train, folder / "whole")
+    results["seed"] = torch.initial_seed()
     results["cut"] = joined(train, folder / "cut", stop_at=3 if rank else None)
     results["resumed"] = joined(train, folder / "cut", "--resume")
     torch.save(results, folder / f"{rank}.pt")
@@ -135,14 +126,14 @@ def test_two_processes_share_the_images_and_return_the_figures_of_one(two_ranks,
 
 
 def test_a_signal_to_one_process_stops_both_at_the_same_step_and_the_run_goes_on_exactly(two_ranks):
-    """With noise: each rank's own random state is saved and restored."""
+    """With noise, of which each rank has its own."""
     folder, results = two_ranks
     for result in results:
         assert "stopped at step 3 of 5" in result["cut"] and "--resume" in result["cut"]
         assert result["whole"] is None and result["resumed"] is None
     whole, cut = (runs.load_last(folder / name) for name in ("whole", "cut"))
     assert all(torch.equal(whole["model"][name], cut["model"][name]) for name in whole["model"])
-    states = whole["random_states"]
-    assert len(states) == 2 and not torch.equal(states[0][0], states[1][0])            # a noise of one's own
-    lines = [[(r["step"], r["loss"]) for r in records(folder / name) if "loss" in r] for name in ("whole", "cut")]
-    assert lines[0] == lines[1] and [step for step, _ in lines[0]] == [1, 2, 3, 4, 5]  # one writer
+    assert len(whole["random_states"]) == 2 and results[0]["seed"] != results[1]["seed"]
+    lines, same = ([(r["step"], r["loss"]) for r in records(folder / name) if "loss" in r]
+                   for name in ("whole", "cut"))
+    assert lines == same and [step for step, _ in lines] == [1, 2, 3, 4, 5]            # one writer

@@ -129,20 +129,22 @@ def test_the_pixels_of_an_object_have_its_colour_and_the_ground_is_muted(scenes)
 
 
 def test_the_reader_tells_true_captions_from_false_ones():
-    circle, square, other, star = (shapes.Object(words, (x, .5), .1, (0, 0, 1, 1)) for words, x in (
-        (("small", "red", "circle"), .2), (("large", "blue", "square"), .8), (("small", "red", "square"), .5),
-        (("small", "blue", "star"), .98)))
-    red, blue = ("a", (None, "red", "square")), ("a", (None, "blue", "square"))
-    ball, two = ("a", (None, "red", "circle")), ("two", (None, None, "square"))
+    circle, other, square, last = (shapes.Object(words, (x, .5), .1, (0, 0, 1, 1)) for words, x in (
+        (("small", "red", "circle"), .2), (("small", "red", "square"), .5), (("large", "blue", "square"), .8),
+        (("small", "red", "circle"), .98)))
+    ball, red, blue = (("a", (None, *words)) for words in (("red", "circle"), ("red", None), ("blue", None)))
+    squares, reds = ("two", (None, None, "square")), ("two", (None, "red", None))
     for parts, true, false in (
             ([ball, "is", "left of", blue], [circle, square, other], [square, other]),
-            ([blue, "right of", ("a", (None, "red", None))], [circle, square], [circle, other]),
-            ([blue, "left of", ("another", (None, "blue", None))], [square, star], [square, other]),
-            ([ball, "and", two], [circle, square, other], [circle, square]),
-            ([("two", (None, "red", None))], [circle, other], [circle, square]),
-            ([two, ":", red, "and", blue, ", with", ball], [circle, square, other], [circle, square, star])):
-        reads = shapes.reading(*shapes.compose(true, parts), true)
-        assert reads(true) and not reads(false), parts
+            ([ball, "is", "left of", blue], [circle, square], [last, square]),
+            ([blue, "to the right of", red], [other, square], [square, last]),
+            ([ball, "and", squares], [circle, square, other], [circle, square]),
+            ([ball, "and", blue], [circle, square], [circle, square, other]),
+            ([reds], [circle, other], [circle, square]),
+            ([squares, ":", red, "and", blue], [other, square], [circle, square]),
+            ([squares, ":", red, "and", blue, ", with", ball], [circle, square, other], [square, last])):
+        is_true = shapes.reading(*shapes.compose(true, parts), true)
+        assert is_true(true) and not is_true(false), parts
 
 
 def test_the_ceiling_counts_the_scenes_that_every_caption_is_true_of(scenes):

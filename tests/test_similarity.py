@@ -82,6 +82,7 @@ def test_one_weighting_is_a_row_of_several(way):
     torch.testing.assert_close(token_similarity(v, t, valid), both(v, t, valid, a, w)[0])
     torch.testing.assert_close(token_similarity(v, t, valid, a, w), both(v, t, valid, a, w)[1])
     torch.testing.assert_close(token_similarity(v, t, valid, None, w), literal(v, t, valid, None, w))
+    torch.testing.assert_close(token_similarity(v, t, valid, a / 1e4, w / 1e4), literal(v, t, valid, a, w))
 
 
 def test_without_gradient_the_value_is_the_same():
