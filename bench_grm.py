@@ -8,7 +8,7 @@ slows all alike. Memory is the peak beyond what was held before, without gradien
 
 similarity   pairs of images and captions scored per second, captions as long as those of COCO 5K. Ratio: to
              "GEMM", which only multiplies the same tokens without padding, in one matrix product. "reference"
-             holds all products at once, "loop" goes caption by caption.
+             holds all products at once.
 loss         all levels and their gradient, 577 tokens (384 px), batch 128; target: 300 MiB on a CPU.
 recall       ranks of 5,000 images among 25,000 captions; target: 60 s, 2,048 MiB beyond the matrix.
 loading      JPEGs of 640 x 480 decoded at the training resolution, cropped, resized, normalised; one process.
@@ -152,20 +152,12 @@ def reference(image, text, valid):
     return reference_similarity(image, text, valid, ones(image[..., 0]), ones(text[..., 0]))
 
 
-def loop(image, text, valid):
-    columns = []
-    for tokens, mask in zip(text, valid):
-        S = image @ tokens[mask].T                                               # (I, L, M)
-        columns.append(S.amax(1).mean(-1) + S.amax(2).mean(-1))
-    return torch.stack(columns, 1)
-
-
 def bench_similarity(report: Report, device, images: int, tokens: int, captions: int, dim: int, peers=False):
     image, text, valid = features(images, tokens, captions, dim, device)
     rows, columns = image.flatten(0, 1), text[valid].T
     products = image.new_empty(len(rows), columns.shape[1])
     leaves = [x.clone().requires_grad_() for x in (image, text)]
-    methods = {"GRM": token_similarity} | ({"reference": reference, "loop": loop} if peers else {})
+    methods = {"GRM": token_similarity} | ({"reference": reference} if peers else {})
 
     @torch.no_grad()
     def forward(method):

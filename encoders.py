@@ -108,9 +108,8 @@ def _timm_weights(name: str, cfg: dict) -> str:
 
 # ---- text --------------------------------------------------------------------------------------------------
 class TextEncoder(nn.Module):
-    """A transformers model as a function from token ids (B, M) and valid (B, M), False on padding, to two
-    tensors: the words in context (B, M, width) and the words by themselves, their embeddings (B, M,
-    embedding_width)."""
+    """A transformers model as a function of token ids (B, M) and valid (B, M), False on padding -> the words
+    in context (B, M, width), and the words by themselves, their embeddings (B, M, embedding_width)."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -198,8 +197,7 @@ def load_tokenizer(name: str | None, captions=None):
 
 
 def build_tokenizer(captions):
-    """Lower-case words and punctuation marks; the vocabulary is every word of the captions, frequent ones
-    first."""
+    """Lower-case words and punctuation; the vocabulary is every word of the captions, frequent ones first."""
     special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]",
                "mask_token": "[MASK]"}
     normalizer, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
@@ -259,8 +257,7 @@ def _from_hub(name: str, key: str, from_pretrained):
 
 
 def _hub_answers(timeout: float = 5.0) -> bool:
-    """Whether the hub takes a request within `timeout` seconds; its own client would retry for much
-    longer."""
+    """Whether the hub answers within `timeout` seconds. Its own client would retry for much longer."""
     if constants.HF_HUB_OFFLINE:
         return False
     try:

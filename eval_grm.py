@@ -1,15 +1,8 @@
-"""Evaluate a checkpoint: every image and caption encoded once, recalls both ways, for each level and their
-sum.
+"""Evaluate a checkpoint: recalls both ways, for each level and their weighted sum.
 
     python eval_grm.py --ckpt best.pt --split coco5k
 
-From Python, four calls do the same with photographs and sentences of your own:
-
-    from eval_grm import load
-    grm = load("best.pt")
-    scores = grm.score(["dog.jpg", "cat.jpg"], ["a dog runs", "a cat sleeps"])                        # (2, 2)
-    images, texts = grm.encode_images(["dog.jpg"]), grm.encode_texts(["a dog runs", "a cat sleeps"])
-    scores = grm.similarity(images, texts)                                                            # (1, 2)
+From Python, `load("best.pt")` scores photographs and sentences of your own: see Matcher.
 """
 import argparse
 
@@ -130,8 +123,7 @@ def load(path: str | Path, device: str | torch.device | None = None) -> "Matcher
 
 
 class Matcher:
-    """A model with its tokeniser. Features are returned on the CPU, in float32, and may be kept and
-    joined."""
+    """A model with its tokeniser. Features are returned on the CPU, in float32, to be kept and joined."""
 
     def __init__(self, model, tokenizer, config: dict, device: torch.device):
         self.model, self.tokenizer, self.config, self.device = model, tokenizer, config, device
@@ -140,8 +132,7 @@ class Matcher:
         self.transform = data.image_transform(size, *statistics, train=False)
 
     def score(self, images, texts, level: str = "combined") -> Tensor:
-        """How well each of I images (paths or PIL images) fits each of T sentences -> (I, T), as evaluation
-        ranks."""
+        """How well each of I images (paths or PIL images) fits each of T sentences -> (I, T)."""
         return self.similarity(self.encode_images(images), self.encode_texts(texts), level)
 
     def encode_images(self, images, batch_size: int = 128, progress: bool = False) -> ImageFeatures:
@@ -165,8 +156,7 @@ class Matcher:
 
     @torch.no_grad()
     def similarity(self, images: ImageFeatures, texts: TextFeatures, level: str = "combined") -> Tensor:
-        """(I, T) of encoded images and sentences. level: combined, or one of the levels that the model
-        has."""
+        """(I, T) of encoded images and sentences. level: combined, which ranks, or another of `levels`."""
         require(level in self.levels, f"the model has no level '{level}', only {', '.join(self.levels)}")
         texts = TextFeatures(*(x.to(self.device) for x in texts))
         rows = []
@@ -195,8 +185,7 @@ class Matcher:
     @torch.no_grad()
     def caption_batches(self, texts: list, batch_size: int, title: str | None = None,
                         part=slice(None)) -> list:
-        """[(indices (b,), TextFeatures)] on the CPU, captions of similar length together; of all batches or a
-        part."""
+        """[(indices (b,), TextFeatures)] on the CPU, captions of similar length together; all, or a part."""
         require(texts, "there are no sentences to encode")
         self.model.eval()
         captions = data.tokenize(self.tokenizer, texts, self.config["text"]["max_length"])

@@ -349,9 +349,8 @@ def build_grm(config: dict, vocab_size: int, pad_id: int, encoder_config: dict |
 
 @torch.no_grad()
 def diagnostics(image: ImageFeatures, text: TextFeatures) -> dict[str, Tensor]:
-    """What tells a working method from a collapsed one: mean and standard deviation of the masks, mean cosine
-    between the region means of an image (1: all regions are the same), signal-to-noise |mu|^2 / E|u - mu|^2
-    of the regions."""
+    """What tells a working method from a collapsed one: the masks' mean and deviation, mean cosine between
+    an image's region means (1: all are the same), the regions' signal-to-noise |mu|^2 / E|u - mu|^2."""
     words = text.mask[text.valid]
     unit = F.normalize(image.means.float(), dim=-1)
     K = unit.shape[1]

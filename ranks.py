@@ -121,8 +121,7 @@ def start() -> torch.device:
 
 
 def shared_loss(model: modules.GRM, image, text, image_ids: Tensor, loss: dict, epochs: float):
-    """GRM.loss for b of the B pairs of a batch -> loss and terms whose means over the ranks are those of the
-    batch."""
+    """GRM.loss for b of a batch's B pairs -> loss and terms, whose means over the ranks are the batch's."""
     valid, mask = (x[..., None].to(text.tokens) for x in (text.valid, text.mask))
     packed = gather(torch.cat([text.tokens, valid, mask], -1))             # (B, M, d + 2)
     text = modules.TextFeatures(packed[..., :-2], packed[..., -2] > 0, packed[..., -1])

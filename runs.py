@@ -110,8 +110,7 @@ def merge(into: dict, new: dict | None, where: str):
 
 
 def fitting(value, old, where: str):
-    """`value`, if it is null or of the type of the setting `old`; any number will do for a number. Else
-    UserError."""
+    """`value`, if it is null or of the type of the setting `old` (any number for one). Else UserError."""
     if isinstance(value, str) and not isinstance(old, str):
         with contextlib.suppress(ValueError):
             value = float(value)                                   # YAML reads 2e-4, without a dot, as text
@@ -176,8 +175,7 @@ def check(config: dict, defaults: dict):
 
 # ---- the run folder and its checkpoints --------------------------------------------------------------------
 def make_folder(out: Path, config: dict, resume: bool) -> Path | None:
-    """Makes the folder of a run, with its config.yaml. An earlier run in it is renamed, unless it is resumed
-    -> its new name."""
+    """Makes the folder of a run. An earlier run in it is renamed, unless it is resumed -> its new name."""
     kept = None
     try:
         if not resume and (out / "metrics.jsonl").exists():
@@ -278,8 +276,7 @@ class Stopped(BaseException):
 
 
 class Signals:
-    """SIGINT and SIGTERM let a training step finish first (`stop` is True then); within `at_once()` they
-    raise Stopped."""
+    """SIGINT and SIGTERM set `stop`, so that a step ends first; within `at_once()` they raise Stopped."""
 
     def __init__(self):
         self.stop, self.immediate, self.process = False, False, os.getpid()

@@ -181,11 +181,11 @@ class Run:
         self.say(f"step {self.step}, {self.val_split.name}, rSum: {levels}{best} "
                  f"({time.perf_counter() - started:.0f} s)")
 
-    def evaluate(self, split: data.Split, folds=(1,)) -> list[dict]:
-        return self.matcher().evaluate(split, folds, progress=self.progress)
-
     def matcher(self) -> eval_grm.Matcher:
         return eval_grm.Matcher(self.model, self.tokenizer, self.config, self.device)
+
+    def evaluate(self, split: data.Split, folds=(1,)) -> list[dict]:
+        return self.matcher().evaluate(split, folds, progress=self.progress)
 
     def test(self):
         """The table of best.pt on the test split or, where the data has none, on the validation split."""
@@ -308,12 +308,10 @@ class Run:
         self.step = best["step"]
 
     def random_states(self) -> list:
-        """The random state of every process."""
-        return [random_state()]
+        return [random_state()]                                    # of every process
 
     def bad_images(self) -> torch.Tensor:
-        """(images,) bool: those that could not be read."""
-        return self.pairs.bad.clone()
+        return self.pairs.bad.clone()                              # (images,) bool: those that cannot be read
 
     # ---- what it tells -------------------------------------------------------------------------------------
     def say(self, text: str):
@@ -408,8 +406,7 @@ def main(args) -> str | None:
             run.test()
     except runs.Stopped:
         if not begun:
-            again = "; last.pt is as it was: repeat the command to go on" if args.resume else ""
-            return f"stopped before the first step{again}"
+            return "stopped before the first step; an earlier last.pt is as it was"
         return (f"stopped at step {run.step} of {run.total_steps}; {out / 'last.pt'} is saved: repeat the "
                 "command with --resume to go on")
     finally:

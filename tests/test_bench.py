@@ -15,7 +15,6 @@ def test_the_methods_that_are_compared_agree():
     image, text, valid = bench_grm.features(3, 7, 9, 16)
     expected = token_similarity(image, text, valid)
     torch.testing.assert_close(bench_grm.reference(image, text, valid), expected)
-    torch.testing.assert_close(bench_grm.loop(image, text, valid), expected)
 
 
 def test_captions_are_as_long_as_cocos():

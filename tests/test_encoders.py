@@ -1,4 +1,5 @@
-"""Encoders and tokenisers: patches in their places, statistics of the weights, and one line where one cannot be built."""
+"""Encoders and tokenisers: patches in their places, statistics of the weights, and one line where one cannot
+be built."""
 import pytest
 import torch
 import transformers
@@ -50,7 +51,8 @@ def test_statistics_are_the_weights_own_or_imagenets():
 
 
 @pytest.mark.parametrize("name, size, said", [
-    ("vit_tiny_patch16_22", 224, "close: vit_tiny_patch16_224"), ("vit_tiny_patch16_224.nonsense", 224, "nonsense"),
+    ("vit_tiny_patch16_22", 224, "close: vit_tiny_patch16_224"),
+    ("vit_tiny_patch16_224.nonsense", 224, "nonsense"),
     ("crossvit_tiny_240", 240, "no patches"), ("pit_ti_224", 224, "no patches"),
     ("vit_small_patch16_dinov3", 100, "cannot encode 100 px")])
 def test_an_image_encoder_that_will_not_do_is_one_line(name, size, said):
@@ -99,7 +101,8 @@ def test_a_built_tokenizer_comes_back_from_a_checkpoints_strings():
     tokenizer = encoders.build_tokenizer(["A dog, a cat.", "two dogs"])
     again = encoders.tokenizer_from_state(encoders.tokenizer_state(tokenizer))
     text = "a dog , two birds ."
-    assert again(text)["input_ids"] == tokenizer(text)["input_ids"] and again.pad_token_id == tokenizer.pad_token_id
+    assert again(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert again.pad_token_id == tokenizer.pad_token_id
     assert tokenizer.convert_ids_to_tokens(tokenizer(text)["input_ids"]) == [
         "[CLS]", "a", "dog", ",", "two", "[UNK]", ".", "[SEP]"]
 

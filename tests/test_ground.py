@@ -46,7 +46,8 @@ def test_phrases_find_their_tokens_and_captions_their_content_words():
         found = ground_grm.token_indices(offsets, start, start + len(text))
         assert [tokens[m] for m in found] == text.lower().replace("-", " - ").split()
     phrases = [Phrase("A dark-red circle", 0, 17, [(0, 0, 1, 1)]), Phrase("a square", 29, 37, [])]
-    for known, content in ((phrases, ["dark", "red", "circle", "left"]), (None, ["dark", "red", "circle", "left", "square"])):
+    told = ["dark", "red", "circle", "left"]
+    for known, content in ((phrases, told), (None, [*told, "square"])):
         kinds = [(caption[a:b], ground_grm.kind_of_word(caption[a:b], a, b, known))
                  for a, b in ground_grm.words_of(caption)]
         assert [word for word, kind in kinds if kind == "content"] == content

@@ -1,4 +1,5 @@
-"""The parts of the method, and what recipe `grm` changes. That recipe `paper` is the paper is shown in test_paper.py."""
+"""The parts of the method, and what recipe `grm` changes. That recipe `paper` is the paper is shown in
+test_paper.py."""
 import math
 
 import pytest
@@ -8,8 +9,9 @@ import torch.nn.functional as F
 import modules
 import runs
 from conftest import CONFIG, TINY
-from modules import (GaussianSampler, ImageFeatures, KeepAll, RegionPrompts, SignificanceAdapter, TextFeatures,
-                     budget_shift, build_grm, consistency_loss, contrastive_loss, diagnostics, entropy_loss, kl_loss)
+from modules import (GaussianSampler, ImageFeatures, KeepAll, RegionPrompts, SignificanceAdapter,
+                     TextFeatures, budget_shift, build_grm, consistency_loss, contrastive_loss, diagnostics,
+                     entropy_loss, kl_loss)
 from similarity import token_similarity
 
 
@@ -87,7 +89,8 @@ def test_masked_tokens_have_no_part_in_a_region_even_if_hardly_any_is_left():
     assert attention.isfinite().all() and means.isfinite().all() and (attention[mask == 0] == 0).all()
     torch.testing.assert_close(attention[0].sum(0), torch.ones(3))
     torch.testing.assert_close(means, attention.transpose(1, 2) @ tokens)
-    torch.testing.assert_close(scores, torch.sigmoid(20 * tokens @ F.normalize(prompts.prompts, dim=-1).T - 10))
+    P = F.normalize(prompts.prompts, dim=-1)
+    torch.testing.assert_close(scores, torch.sigmoid(20 * tokens @ P.T - 10))
 
 
 def test_with_a_scale_a_prompt_separates_tokens_that_a_bare_sigmoid_does_not():
@@ -115,7 +118,7 @@ def test_one_draw_for_a_region_has_the_distribution_of_the_papers_draws():
     literal = (attention[..., None] * z).sum(1)
     torch.testing.assert_close(once.mean(0), literal.mean(0), rtol=0, atol=0.04)
     torch.testing.assert_close(once.var(0), literal.var(0), rtol=0.06, atol=0)
-    assert once.var(0).std() > 0                                                 # not a comparison of constants
+    assert once.var(0).std() > 0                                               # not a comparison of constants
 
 
 @pytest.mark.parametrize("prior", [1.0, 1 / 256])
@@ -164,14 +167,16 @@ def test_an_unknown_loss_is_named():
 @pytest.mark.parametrize("prior", [1.0, 0.25])
 def test_the_kl_loss_is_the_divergence_from_the_prior(prior):
     means, log_var, normal = torch.randn(2, 3, 4), torch.randn(2, 3, 4), torch.distributions.Normal
-    divergence = torch.distributions.kl_divergence(normal(means, (0.5 * log_var).exp()), normal(0.0, prior ** 0.5))
+    posterior, wanted = normal(means, (0.5 * log_var).exp()), normal(0.0, prior ** 0.5)
+    divergence = torch.distributions.kl_divergence(posterior, wanted)
     torch.testing.assert_close(kl_loss(means, log_var, prior), divergence.mean())
 
 
 def test_the_consistency_loss_is_0_where_regions_and_tokens_have_the_same_mean():
     tokens = torch.randn(2, 5, 4)
-    assert consistency_loss(tokens.mean(1, keepdim=True).expand(2, 3, 4), tokens).item() == pytest.approx(0, abs=1e-9)
-    assert consistency_loss(tokens[:, :1] + tokens.mean(1, keepdim=True) - tokens[:, :1] + 1, tokens).item() == 4
+    regions = tokens.mean(1, keepdim=True).expand(2, 3, 4)
+    assert consistency_loss(regions, tokens).item() == pytest.approx(0, abs=1e-9)
+    assert consistency_loss(regions + 1, tokens).item() == pytest.approx(4)  # a distance of 1 in 4 components
 
 
 def test_a_score_of_0_leaves_the_gradient_of_the_entropy_finite():
@@ -221,7 +226,7 @@ def test_the_text_mask_judges_words_by_themselves_or_in_context(tiny_config, rea
     tiny_config["model"]["text_mask_reads"] = reads
     torch.manual_seed(0)
     model = build_grm(tiny_config, vocab_size=120, pad_id=0).eval()
-    ids = torch.tensor([[2, 7, 8, 9, 3], [2, 9, 7, 8, 3]])                       # the same words in another order
+    ids = torch.tensor([[2, 7, 8, 9, 3], [2, 9, 7, 8, 3]])                   # the same words in another order
     text = model.encode_text(ids, ids > 0, torch.tensor([0, 1, 1, 1, 0]).bool().expand(2, 5))
     difference = (text.mask[0, 1:4] - text.mask[1, [2, 3, 1]]).abs().max()
     assert (difference < 1e-6) == same and text.mask[0, 1:4].std() > 1e-4
@@ -230,7 +235,8 @@ def test_the_text_mask_judges_words_by_themselves_or_in_context(tiny_config, rea
 def test_the_text_adapter_is_as_wide_as_the_words_embeddings(tiny_config):
     """Encoders such as ALBERT and ELECTRA embed words in fewer dimensions than they work in."""
     tiny_config["text"]["options"] = {"embedding_size": 16, "hidden_size": 32, "num_hidden_layers": 1,
-                                      "num_attention_heads": 2, "intermediate_size": 32, "model_type": "electra"}
+                                      "num_attention_heads": 2, "intermediate_size": 32,
+                                      "model_type": "electra"}
     model = build_grm(tiny_config, vocab_size=120, pad_id=0)
     assert model.text_adapter.hidden.in_features == 16
     assert model.encode_text(*batch()[1:]).mask.shape == (4, 9)
@@ -249,7 +255,8 @@ def test_special_tokens_are_among_the_tokens_if_asked_for(tiny_config, special):
 
 
 def test_a_level_of_weight_0_is_neither_computed_nor_learnt(recipe):
-    config = runs.load_config(CONFIG, "vit_micro", recipe, sets=[*TINY, "loss.ori=1", "loss.key=0", "loss.unc=0"])
+    alone = ["loss.ori=1", "loss.key=0", "loss.unc=0"]
+    config = runs.load_config(CONFIG, "vit_micro", recipe, sets=[*TINY, *alone])
     model = build_grm(config, 120, 0)
     image, text = model(*batch())
     assert set(model.similarity(image, text)) == {"ori", "combined"}
@@ -263,10 +270,12 @@ def test_the_loss_is_the_weighted_sum_of_its_terms_and_reaches_every_weight(mode
     weights = runs.load_config(CONFIG, "vit_micro", recipe)["loss"]
     total, terms = model.loss(image, text, torch.arange(4), weights)
     assert set(terms) == {"ori", "key", "unc", "consistency", "kl", "entropy"}
-    assert total.item() == pytest.approx(sum(weights[name] * term.item() for name, term in terms.items()), rel=1e-5)
+    weighted = sum(weights[name] * term.item() for name, term in terms.items())
+    assert total.item() == pytest.approx(weighted, rel=1e-5)
     total.backward()
     silent = {name for name, p in model.named_parameters() if p.grad is None}
-    unused = ("pooler", "timm.fc_norm", "timm.head") + (("log_scale", "prompts.bias") if recipe == "paper" else ())
+    unused = ["pooler", "timm.fc_norm", "timm.head"]
+    unused += ["log_scale", "prompts.bias"] if recipe == "paper" else []
     assert all(any(part in name for part in unused) for name in silent), silent
 
 
@@ -278,7 +287,8 @@ def test_padding_and_batch_order_change_nothing(model):
         wide = model.similarity(*model(images, *(F.pad(x, (0, 7)) for x in (ids, valid, words))))["combined"]
         order = torch.randperm(9)
         shuffled = model.similarity(*model(*(x[order] for x in (images, ids, valid, words))))["combined"]
-        single = model.similarity(model.encode_image(images), model.encode_text(ids[:1], valid[:1], words[:1]))
+        text = model.encode_text(ids[:1], valid[:1], words[:1])
+        single = model.similarity(model.encode_image(images), text)
     torch.testing.assert_close(wide, alone, rtol=0, atol=1e-5)
     torch.testing.assert_close(shuffled, alone[order][:, order], rtol=0, atol=1e-5)
     torch.testing.assert_close(single["combined"], alone[:, :1], rtol=0, atol=1e-5)
@@ -296,10 +306,11 @@ def test_diagnostics_tell_collapsed_regions_from_distinct_ones():
 
     def figures(means):
         attention, log_var = torch.full((2, 6, 3), 1 / 6), torch.full((2, 3, 8), -math.log(8))
-        return diagnostics(ImageFeatures(tokens, torch.rand(2, 6), means, means, means, log_var, attention), text)
+        image = ImageFeatures(tokens, torch.rand(2, 6), means, means, means, log_var, attention)
+        return diagnostics(image, text)
 
     same, apart = figures(torch.ones(2, 3, 8)), figures(torch.eye(8)[:3].expand(2, 3, 8))
     assert same["region_cosine"].item() == pytest.approx(1)
     assert apart["region_cosine"].item() == pytest.approx(0, abs=1e-6)
-    assert apart["region_snr"].item() == pytest.approx(6)          # |mu|^2 = 1, noise d * 1/d * 6 * (1/6)^2 = 1/6
+    assert apart["region_snr"].item() == pytest.approx(6)      # |mu|^2 = 1, noise d * 1/d * 6 * (1/6)^2 = 1/6
     assert apart["text_mask_mean"].item() == pytest.approx(0.5)

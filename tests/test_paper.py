@@ -1,8 +1,9 @@
-"""Recipe `paper` is the paper: Eq. 1 to 13 computed one number at a time, in float64, in this file's own words.
+"""Recipe `paper` is the paper: Eq. 1 to 13 computed one number at a time, in float64, in this file's own
+words.
 
-The references know the weights, what the encoders give, and the noise; they share no code with modules.py. Where the
-paper is silent, they read it as README says: Eq. 7 takes dot products of unit tokens, which the masks then multiply;
-evaluation has no noise; the regularisers are means.
+The references know the weights, what the encoders give, and the noise; they share no code with modules.py.
+Where the paper is silent, they read it as README says: Eq. 7 takes dot products of unit tokens, which the
+masks then multiply; evaluation has no noise; the regularisers are means.
 """
 import math
 
@@ -13,7 +14,7 @@ import modules
 import runs
 from conftest import CONFIG
 
-I, L, T, M, WIDTH, D, K = 4, 6, 4, 7, 5, 8, 3                  # images, patches, captions, tokens, widths, prompts
+I, L, T, M, WIDTH, D, K = 4, 6, 4, 7, 5, 8, 3             # images, patches, captions, tokens, widths, prompts
 CLASS_TOKENS = 1
 IMAGE_IDS = [0, 1, 1, 2]                                       # two captions of one image are no negatives
 
@@ -43,7 +44,7 @@ def setting(request):
     valid, words = place < lengths, (place > 0) & (place < lengths - 1)          # [CLS] words [SEP] padding
     levels = {level: config["loss"][level] for level in modules.LEVELS}
     model = modules.GRM(Given(patches), Given(hidden, hidden), levels, **config["model"])
-    for parameter in model.parameters():                       # no weight may stay at a special value, such as 0
+    for parameter in model.parameters():                    # no weight may stay at a special value, such as 0
         parameter.data += 0.5 * torch.randn(parameter.shape, generator=generator)
     for fixed in (model.region_prompts.log_scale, model.region_prompts.bias):
         fixed.data.zero_()                                     # not learned: Eq. 2 has neither scale nor bias
@@ -92,14 +93,16 @@ def adapter(weights, name, tokens, tau, gumbel):
 
 
 def regions_of(weights, V_hat, noise):
-    """Eq. 2 to 6 for one image. noise: (K, d), the sum over patches of A^_lk eps_lk over its own standard deviation."""
+    """Eq. 2 to 6 for one image. noise: (K, d), the sum over patches of A^_lk eps_lk over its own standard
+    deviation."""
     A_r, mu, log_var, U = [], [], [], []
     for k in range(K):
         prompt = weights["region_prompts.prompts"][k]
         a = [sigmoid(dot(v, prompt) / norm(prompt)) for v in V_hat]              # Eq. 2
         a_hat = [x / sum(a) for x in a]
         mu_k = total([times(v, x) for v, x in zip(V_hat, a_hat)])                # Eq. 3
-        phi = linear(weights, "sampler.log_var", [gelu(x) for x in linear(weights, "sampler.hidden", mu_k)])  # Eq. 4
+        hidden = [gelu(x) for x in linear(weights, "sampler.hidden", mu_k)]
+        phi = linear(weights, "sampler.log_var", hidden)                         # Eq. 4
         # Noise eps_lk for every patch and region whose sum in Eq. 6 is the model's one draw for the region.
         spread = norm(a_hat)
         z = [[m + noise[k][j] * a_hat[l] / spread * math.exp(phi[j] / 2) for j, m in enumerate(mu_k)]
@@ -154,15 +157,17 @@ def the_paper(setting, image_gumbel, text_gumbel, noise, epochs=1.0):
         result["unc"].append([level(U, [1] * K, text, A_T) for text, A_T in captions])
     ramping = epochs < config["ramp"]
     terms = {f"L_{name}": hinge(result[name], config["margin"], ramping) for name in ("ori", "key", "unc")}
-    L_con = sum(weight * terms[f"L_{name}"] for name, weight in (("ori", 0.4), ("key", 0.4), ("unc", 0.2)))   # Eq. 9
+    L_con = 0.4 * terms["L_ori"] + 0.4 * terms["L_key"] + 0.2 * terms["L_unc"]                         # Eq. 9
     recon, kl, entropy = [], [], []
     for _, _, V_hat, A_r, mu, log_var, U in images:
         difference = [u / K - v / L for u, v in zip(total(U), total(V_hat))]
-        recon.append(dot(difference, difference))                                                             # Eq. 10
-        kl += [(math.exp(s) + m * m - 1 - s) / 2 for m_k, s_k in zip(mu, log_var) for m, s in zip(m_k, s_k)]  # Eq. 11
-        entropy += [-a * math.log(a) for a_k in A_r for a in a_k]                                             # Eq. 12
-    terms |= {name: sum(x) / len(x) for name, x in (("L_consistency", recon), ("L_kl", kl), ("L_entropy", entropy))}
-    L_reg = terms["L_kl"] + terms["L_entropy"]                                                                # Eq. 13
+        recon.append(dot(difference, difference))                                                     # Eq. 10
+        for mu_k, log_var_k in zip(mu, log_var):
+            kl += [(math.exp(s) + m * m - 1 - s) / 2 for m, s in zip(mu_k, log_var_k)]                # Eq. 11
+        entropy += [-a * math.log(a) for a_k in A_r for a in a_k]                                     # Eq. 12
+    for name, values in (("L_consistency", recon), ("L_kl", kl), ("L_entropy", entropy)):
+        terms[name] = sum(values) / len(values)
+    L_reg = terms["L_kl"] + terms["L_entropy"]                                                        # Eq. 13
     terms["loss"] = L_con * (epochs / config["ramp"] if ramping else 1) + terms["L_consistency"] + L_reg
     features = {"A_V": [i[1] for i in images], "A_r": [i[3] for i in images], "mu": [i[4] for i in images],
                 "log_var": [i[5] for i in images], "U": [i[6] for i in images]}
@@ -175,8 +180,8 @@ def ours(setting, epochs=1.0):
     scores = model.similarity(image, text)
     total_loss, terms = model.loss(image, text, torch.tensor(IMAGE_IDS), config, epochs)
     terms = {f"L_{name}": term for name, term in terms.items()} | {"loss": total_loss}
-    features = {"A_V": image.mask, "A_r": image.scores.transpose(1, 2), "mu": image.means, "log_var": image.log_var,
-                "U": image.regions}
+    features = {"A_V": image.mask, "A_r": image.scores.transpose(1, 2), "mu": image.means,
+                "log_var": image.log_var, "U": image.regions}
     return scores, terms, features
 
 
@@ -194,8 +199,9 @@ def test_in_evaluation_recipe_paper_is_the_papers(setting):
     expected = the_paper(setting, torch.zeros(I, L, 2).tolist(), torch.zeros(T, M, 2).tolist(),
                          torch.zeros(I, K, D).tolist())
     check_equal(ours(setting), expected)
-    combined = sum(weight * torch.tensor(expected[0][name]) for name, weight in (("ori", .4), ("key", .4), ("unc", .2)))
-    torch.testing.assert_close(ours(setting)[0]["combined"], combined, rtol=1e-5, atol=1e-6, check_dtype=False)
+    ori, key, unc = (torch.tensor(expected[0][name]) for name in ("ori", "key", "unc"))
+    found = ours(setting)[0]["combined"]
+    torch.testing.assert_close(found, .4 * ori + .4 * key + .2 * unc, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("epochs", [1.0, 0.25])
@@ -203,8 +209,9 @@ def test_in_training_with_its_noise_given_recipe_paper_is_the_papers(setting, ep
     setting[0].train()
     torch.manual_seed(5)
     found = ours(setting, epochs)
-    torch.manual_seed(5)                                       # the same numbers, in the order in which they are drawn
+    torch.manual_seed(5)                              # the same numbers, in the order in which they are drawn
     image_gumbel = -torch.empty(I, L, 2).exponential_().log()
     noise = torch.randn(I, K, D)
     text_gumbel = -torch.empty(T, M, 2).exponential_().log()
-    check_equal(found, the_paper(setting, image_gumbel.tolist(), text_gumbel.tolist(), noise.tolist(), epochs))
+    noises = (x.tolist() for x in (image_gumbel, text_gumbel, noise))
+    check_equal(found, the_paper(setting, *noises, epochs))

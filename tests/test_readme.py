@@ -12,7 +12,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def test_the_python_example_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert run_train("--backbone", "vit_micro", "--out", "runs/vit_tiny-f8k", "--set", *TINY, "train.max_steps=1") is None
+    settings = ["--set", *TINY, "train.max_steps=1"]
+    assert run_train("--backbone", "vit_micro", "--out", "runs/vit_tiny-f8k", *settings) is None
     for name in ("dog.jpg", "cat.jpg"):
         Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), np.uint8)).save(name)
     example, = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
