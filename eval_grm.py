@@ -45,7 +45,7 @@ from tqdm import tqdm
 
 import data
 import runs
-from data import UserError, require
+from data import require
 from modules import LEVELS, ImageFeatures, TextFeatures
 
 RECALLS = (1, 5, 10)
@@ -76,7 +76,8 @@ def recall_at_k(similarity: Tensor, image_of_text: Tensor) -> dict[str, float]:
         rows = similarity[start:start + 256]
         if rows.isnan().any():
             last = start + len(rows) - 1
-            raise FloatingPointError(f"the similarity has a NaN among images {start}..{last}")
+            raise FloatingPointError(f"the similarity has a NaN among images {start}..{last}: train at a lower "
+                                     "train.lr, or with train.amp=false")
         i2t[start:start + 256] = 1 + (rows >= best[start:start + 256, None]).sum(1)
         t2i += (rows >= own).sum(0)
     i2t, t2i = i2t - own_above, t2i - 1                          # what is right does not count against itself
@@ -253,10 +254,7 @@ def main(args):
     folds = data.split_names(datasets)[split.name.split("[")[0]][2]
     require(folds <= len(split), f"{split.name} is the mean of {folds} folds: take at least {folds} images")
     grm = load(path)
-    try:
-        results, = grm.evaluate(split, [folds], args.batch_size)
-    except FloatingPointError as error:
-        raise UserError(f"'{path}' on {split.name}: {error}") from None
+    results, = grm.evaluate(split, [folds], args.batch_size)
     print(describe(split.name, split, folds))
     print(figures_table(results))
     if args.out:

@@ -314,10 +314,10 @@ def leave_signals_to_the_run(worker: int):
 # ---- what every script shares ------------------------------------------------------------------------------
 @contextlib.contextmanager
 def one_line_errors():
-    """Ends the script with one line for what the user did wrong, and for Ctrl-C."""
+    """Ends the script with one line for what the user did wrong, for a NaN, and for Ctrl-C."""
     try:
         yield
-    except (UserError, OSError) as error:
+    except (UserError, OSError, FloatingPointError) as error:
         error.__traceback__ = None           # it holds the data-loading processes, which would be waited for
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
