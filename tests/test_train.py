@@ -338,5 +338,5 @@ def test_local_pretrained_weights_train_stop_and_resume_on_photographs(recipe, t
     last = runs.load_last(tmp_path / "cut")
     model, _ = runs.model_from_checkpoint(last)
     assert {p.dtype for p in model.parameters()} == {torch.float32}    # the text weights are stored in fp16
-    peaks = {group["peak"] for group in last["optimizer"]["param_groups"]}
-    assert sorted(peaks) == pytest.approx([1e-4, 1e-3])                # pretrained encoders at a tenth
+    rate, peaks = {"paper": 2e-4, "grm": 1e-3}[recipe], {g["peak"] for g in last["optimizer"]["param_groups"]}
+    assert sorted(peaks) == pytest.approx([rate / 10, rate])           # pretrained encoders at a tenth
