@@ -1,7 +1,6 @@
 """The speed and memory of this code on this machine, in one table.
 
-    python bench_grm.py                       under two minutes on two CPU cores; nothing to download
-    python bench_grm.py --evaluation 5000     only an evaluation's time: 5,000 images, a half, a quarter, ...
+    python bench_grm.py          under two minutes on two CPU cores; nothing to download
 
 Every ratio is the median over repetitions in which the things compared take turns, so that a busy machine
 slows all alike. Memory is the peak beyond what was held before, without gradients (MiB; on CPUs Linux only).
@@ -26,10 +25,7 @@ def parse_arguments(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", metavar="NAME", help="of the models (default: each backbone's)")
     parser.add_argument("--json", metavar="FILE", help="also write the table there, as results/NAME.json")
-    parser.add_argument("--evaluation", type=int, metavar="N", help="only evaluate N scenes, N/2, ... N/16")
     args = parser.parse_args(argv)
-    if args.evaluation is not None and args.evaluation < 16:
-        parser.error("--evaluation takes at least 16 images")
     args.argv = sys.argv[1:] if argv is None else argv
     return args
 
@@ -358,27 +354,19 @@ def bench_cuda(report: Report, recipe):
 # ---- the command line --------------------------------------------------------------------------------------
 def main(args):
     report, started = Report(), time.perf_counter()
-    datasets = runs.load_datasets(CONFIG)
-    if args.evaluation:
-        datasets["shapes"]["scenes"]["test"] = args.evaluation
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        scenes = data.load_split("shapes", datasets, "")
-        sizes = [args.evaluation // n for n in (16, 8, 4, 2, 1)]
-        bench_evaluation(report, args.recipe, scenes, sizes, device)
-    else:
-        bench_similarity(report, CPU, 64, 197, 128, 512, peers=True)
-        bench_similarity(report, CPU, 128, 5, 128, 512)
-        bench_similarity(report, CPU, 128, 64, 128, 128)
-        bench_loss(report, args.recipe, CPU)
-        bench_recall(report)
-        with tempfile.TemporaryDirectory() as folder:
-            bench_loading(report, photographs(Path(folder)))
-        bench_step(report, "vit_tiny", args.recipe, 64, MINILM)
-        bench_step(report, "vit_micro", args.recipe, 128)
-        scenes = data.load_split("shapes[:256]", datasets, "")
-        bench_evaluation(report, args.recipe, scenes, (128, 256), CPU)
-        if torch.cuda.is_available():
-            bench_cuda(report, args.recipe)
+    bench_similarity(report, CPU, 64, 197, 128, 512, peers=True)
+    bench_similarity(report, CPU, 128, 5, 128, 512)
+    bench_similarity(report, CPU, 128, 64, 128, 128)
+    bench_loss(report, args.recipe, CPU)
+    bench_recall(report)
+    with tempfile.TemporaryDirectory() as folder:
+        bench_loading(report, photographs(Path(folder)))
+    bench_step(report, "vit_tiny", args.recipe, 64, MINILM)
+    bench_step(report, "vit_micro", args.recipe, 128)
+    scenes = data.load_split("shapes[:256]", runs.load_datasets(CONFIG), "")
+    bench_evaluation(report, args.recipe, scenes, (128, 256), CPU)
+    if torch.cuda.is_available():
+        bench_cuda(report, args.recipe)
     print(f"\n{time.perf_counter() - started:.0f} s in all")
     if args.json:
         command = shown_command("bench_grm.py", args.argv)

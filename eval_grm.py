@@ -75,9 +75,7 @@ def recall_at_k(similarity: Tensor, image_of_text: Tensor) -> dict[str, float]:
     for start in range(0, images, 256):                                                    # bounds the memory
         rows = similarity[start:start + 256]
         if rows.isnan().any():
-            last = start + len(rows) - 1
-            raise FloatingPointError(f"the similarity has a NaN among images {start}..{last}: train at a lower "
-                                     "train.lr, or with train.amp=false")
+            raise FloatingPointError(f"the similarity has a NaN from image {start} on: lower train.lr")
         i2t[start:start + 256] = 1 + (rows >= best[start:start + 256, None]).sum(1)
         t2i += (rows >= own).sum(0)
     i2t, t2i = i2t - own_above, t2i - 1                          # what is right does not count against itself

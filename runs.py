@@ -18,6 +18,7 @@ import modules
 from data import UserError, require
 from encoders import one_line
 
+HELD = []                                                          # the locks of this process's run folders
 SECTIONS = ("image", "text", "model", "loss", "augment", "data", "train")
 FREE = ("image.options", "text.options", "datasets")               # below these, --set may add keys
 # The least value of each setting. If it is a whole number, the value must be one too.
@@ -174,16 +175,31 @@ def check(config: dict, defaults: dict):
 
 
 # ---- the run folder and its checkpoints --------------------------------------------------------------------
+def hold(out: Path):
+    """Locks a run folder until this process ends. UserError if another process holds it."""
+    with contextlib.suppress(ImportError):                         # Windows has no such locks
+        import fcntl
+        HELD.append(open(out / "lock", "a"))                       # closing the file would end the lock
+        try:
+            fcntl.lockf(HELD[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise UserError(f"--out: another run writes to '{out}': wait, or name another folder") from None
+
+
 def make_folder(out: Path, config: dict, resume: bool) -> Path | None:
     """Makes the folder of a run. An earlier run in it is renamed, unless it is resumed -> its new name."""
     kept = None
     try:
-        if not resume and (out / "metrics.jsonl").exists():
+        earlier = (out / "metrics.jsonl").exists()
+        if earlier:
+            hold(out)
+        if earlier and not resume:
             number = 1
             while (kept := out.with_name(f"{out.name}.{number}")).exists():
                 number += 1
             out.rename(kept)
         out.mkdir(parents=True, exist_ok=True)
+        hold(out)
         (out / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     except (OSError, ValueError) as error:                        # ValueError: the folder has no name, as "."
         raise UserError(f"--out: '{out}' cannot be made, or what is there renamed ({one_line(error)}): name "

@@ -6,11 +6,13 @@ import pickle
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
-from conftest import TINY, records, run_train, signal_at
+from conftest import ROOT, TINY, records, run_train, signal_at
 
 import data
 import encoders
@@ -257,3 +259,25 @@ def test_a_text_encoders_folder_that_would_run_code_does_not(tmp_path):
     (folder / "mine.py").write_text(f"import os\nos.mkdir({str(Bomb.path)!r})\nclass Mine: pass\n")
     refused(encoders.build_text_encoder, settings, True, 50, 0)
     refused(encoders.load_tokenizer, str(folder))
+
+
+HOLDER = """import pathlib, sys
+sys.path.insert(0, sys.argv[1])
+import runs
+runs.hold(pathlib.Path(sys.argv[2]))
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_that_another_process_writes_to_is_refused_until_that_ends(copied, resume):
+    before = sorted(path.name for path in copied.parent.iterdir())
+    command = [sys.executable, "-c", HOLDER, str(ROOT), str(copied)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline() == b"held\n"
+        failure = train(copied, resume=resume)
+        assert "another run writes to" in failure and "\n" not in failure
+        assert sorted(path.name for path in copied.parent.iterdir()) == before      # nothing was renamed
+        holder.kill()
+    assert train(copied, resume=resume) is None
