@@ -209,7 +209,7 @@ def test_a_run_leaves_what_it_should(tmp_path, capsys):
     assert micro(out, sets=["train.epochs=1", "train.log_every=5"]) is None
     printed = capsys.readouterr().out
     assert "combined" in printed and "test rSum" in printed
-    files = ["best.pt", "config.yaml", "last.prev.pt", "last.pt", "metrics.jsonl"]
+    files = ["best.pt", "config.yaml", "last.prev.pt", "last.pt", "lock", "metrics.jsonl"]
     assert sorted(path.name for path in out.iterdir()) == files
     step = records(out)[0]
     assert {"loss", "lr", "images_per_s", "loss_ori", "loss_key", "loss_unc", "loss_consistency", "loss_kl",
