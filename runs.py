@@ -18,7 +18,6 @@ import modules
 from data import UserError, require
 from encoders import one_line
 
-HELD = []                                                          # the locks of this process's run folders
 SECTIONS = ("image", "text", "model", "loss", "augment", "data", "train")
 FREE = ("image.options", "text.options", "datasets")               # below these, --set may add keys
 # The least value of each setting. If it is a whole number, the value must be one too.
@@ -179,9 +178,9 @@ def hold(out: Path):
     """Locks a run folder until this process ends. UserError if another process holds it."""
     with contextlib.suppress(ImportError):                         # Windows has no such locks
         import fcntl
-        HELD.append(open(out / "lock", "a"))                       # closing the file would end the lock
+        file = os.open(out / "lock", os.O_RDWR | os.O_CREAT)       # never closed, which would end the lock
         try:
-            fcntl.lockf(HELD[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             raise UserError(f"--out: another run writes to '{out}': wait, or name another folder") from None
 

@@ -5,7 +5,6 @@ import torch
 import transformers
 
 import encoders
-import modules
 import runs
 from conftest import CONFIG
 from data import UserError

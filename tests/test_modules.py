@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import modules
 import runs
 from conftest import CONFIG, TINY
 from modules import (GaussianSampler, ImageFeatures, KeepAll, RegionPrompts, SignificanceAdapter,
