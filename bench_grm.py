@@ -10,10 +10,8 @@ similarity   pairs of images and captions scored per second, captions as long as
              holds all products at once.
 loss         all levels and their gradient, 577 tokens (384 px), batch 128; target: 300 MiB on a CPU.
 recall       ranks of 5,000 images among 25,000 captions; target: 60 s, 2,048 MiB beyond the matrix.
-loading      JPEGs of 640 x 480 decoded at the training resolution, cropped, resized, normalised; one process.
 step         a training step and its parts by themselves. Ratio: to the step. "not encoders": heads,
              similarity, loss and optimiser; target for vit_tiny: 0.15.
-evaluation   Ratio: to half as many images and captions. Encoding is twice the work, the rest four times.
 cuda         on a GPU: similarity, loss and steps there, and what train.micro_batch saves.
 """
 import argparse
@@ -36,17 +34,12 @@ if __name__ == "__main__":
 import ctypes
 import gc
 import statistics
-import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
-import data
-import encoders
 import eval_grm
 import modules
 import runs
@@ -219,28 +212,6 @@ def bench_recall(report: Report):
     report.row("recall_at_k", "s", seconds, None, memory)
 
 
-# ---- loading -----------------------------------------------------------------------------------------------
-def photographs(folder: Path) -> data.FileSplit:
-    """Pictures of COCO's size, about as hard to decode as photographs: smooth colours, edges, some noise."""
-    rng, names = np.random.default_rng(0), [f"{n}.jpg" for n in range(24)]
-    for name in names:
-        coarse = Image.fromarray(rng.integers(0, 255, (12, 16, 3), np.uint8))
-        smooth = np.asarray(coarse.resize((640, 480), Image.Resampling.BICUBIC), np.float32)
-        noisy = smooth + rng.normal(0, 8, (480, 640, 1))
-        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(folder / name, quality=90)
-    return data.FileSplit("photographs", names, [["a photograph"]] * len(names), folder)
-
-
-def bench_loading(report: Report, split: data.FileSplit):
-    report.section("loading", "JPEGs of 640 x 480, one process")
-    for size in (112, 224):
-        transform = data.image_transform(size, (0.5,) * 3, (0.5,) * 3, train=True, crop=(0.6, 1.0))
-        calls = {"decode": lambda: [split.load_image(i, size) for i in range(24)],
-                 "decode, augment": lambda: [transform(split.load_image(i, size)) for i in range(24)]}
-        for name, taken in take_turns(calls, CPU, 3).items():
-            report.row(f"{size} px: {name}", "images/s", 24 / statistics.median(taken))
-
-
 # ---- a training step ---------------------------------------------------------------------------------------
 def batch_of(size: int, pixels: int, device) -> dict:
     _, _, valid = features(1, 1, size, 1, device)
@@ -301,33 +272,6 @@ def bench_step(report: Report, backbone: str, recipe, size: int, settings=(), de
         report.row(f"{backbone}: {name}", "ms", milliseconds, ratio(seconds[name], seconds["whole step"]))
 
 
-# ---- evaluation --------------------------------------------------------------------------------------------
-def bench_evaluation(report: Report, recipe, scenes, sizes, device):
-    model, config = model_of("vit_micro", recipe, (), device)
-    matcher = eval_grm.Matcher(model, encoders.build_tokenizer(scenes.texts), config, device)
-    similarity, spent = model.similarity, []
-
-    def timed(image, text):
-        scores = []
-        spent.append(seconds_of(lambda: scores.append(similarity(image, text)), device))
-        return scores[0]
-
-    model.similarity = timed
-    report.section("evaluation", f"vit_micro, recipe {config['recipe']}, random weights, {device}")
-    before = None
-    for images in sizes:
-        split = scenes.subset(slice(images))
-        owner, matrix = torch.as_tensor(split.image_of_text), torch.rand(images, len(split.texts))
-        spent.clear()
-        whole, memory = measure(lambda: matcher.evaluate(split, batch_size=64, progress=False), device)
-        ranks = seconds_of(lambda: [eval_grm.recall_at_k(matrix, owner) for _ in matcher.levels])
-        now = {"encoding": whole - sum(spent) - ranks, "similarity": sum(spent), "ranks": ranks}
-        for name, seconds in now.items() if before else ():
-            report.row(f"{images} x {len(split.texts)}: {name}", "s", seconds, seconds / before[name],
-                       memory if name == "encoding" else None)
-        before = now
-
-
 # ---- CUDA --------------------------------------------------------------------------------------------------
 def bench_cuda(report: Report, recipe):
     device = torch.device("cuda")
@@ -359,18 +303,14 @@ def main(args):
     bench_similarity(report, CPU, 128, 64, 128, 128)
     bench_loss(report, args.recipe, CPU)
     bench_recall(report)
-    with tempfile.TemporaryDirectory() as folder:
-        bench_loading(report, photographs(Path(folder)))
     bench_step(report, "vit_tiny", args.recipe, 64, MINILM)
     bench_step(report, "vit_micro", args.recipe, 128)
-    scenes = data.load_split("shapes[:256]", runs.load_datasets(CONFIG), "")
-    bench_evaluation(report, args.recipe, scenes, (128, 256), CPU)
     if torch.cuda.is_available():
         bench_cuda(report, args.recipe)
     print(f"\n{time.perf_counter() - started:.0f} s in all")
     if args.json:
         command = shown_command("bench_grm.py", args.argv)
-        notes = ["ratio: similarity, to GEMM; step, to the whole step; evaluation, to half as many images."]
+        notes = ["ratio: similarity, to GEMM; step, to the whole step."]
         save_table(Path(args.json), "Speed and memory", command, report.columns, report.rows, notes)
 
 

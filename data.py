@@ -8,10 +8,10 @@ import json
 import os
 import posixpath
 import re
+import unicodedata
 import warnings
 import zlib
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from torchvision.transforms import v2 as T
 
 import shapes
 
-PARTS = ("train", "val", "test")
+PARTS = {"train": ["train", "restval"], "val": ["val"], "test": ["test"]}  # of a data set: the JSON's splits
 BLOCK_KEYS = "annotations images parts entities kind size seed scenes splits config".split()  # of a data set
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # not all that Pillow opens: EPS runs Ghostscript
 MAX_JSON = 2 ** 30  # bytes of a caption file; a small .gz can unpack to any number
@@ -141,10 +141,17 @@ def load_split(name, datasets, root, check_images=True):
     split.name = name
     require(len(split), f"{name}: the slice is empty: {base} has {len(whole)} images")
     if check_images and isinstance(split, FileSplit):
+        split.image_names = [as_on_disk(split.folder, image) for image in split.image_names]
         missing = [image for image in split.image_names if not os.path.isfile(split.folder / image)]
         require(not missing, f"{name}: {len(missing)} of {len(split)} images are not in {split.folder}: "
                 f"{str(missing[:3]):.300}: add them, or change datasets.{dataset}.images or --data-root")
     return split
+
+
+def as_on_disk(folder, image):
+    """The name as the disk writes it: an accent may be a character of its own (macOS) or part of a letter."""
+    forms = image, *(unicodedata.normalize(form, image) for form in ("NFC", "NFD"))
+    return next((form for form in forms if os.path.isfile(folder / form)), image)
 
 
 def shapes_split(dataset, block, part, root):
@@ -153,7 +160,7 @@ def shapes_split(dataset, block, part, root):
     count = typed(counts.get(part), int, f"{where}.scenes.{part}")
     require(block["kind"] == "shapes" and count >= 1 and 16 <= size <= 1024 and seed >= 0,
             f"{where} must have kind shapes, size 16 to 1024, seed 0 or more, and 1 or more scenes of a part")
-    scenes = shapes.scenes_of(PARTS.index(part), count, size, seed)
+    scenes = shapes.scenes_of(list(PARTS).index(part), count, size, seed)
     return ShapesSplit(dataset, [f"{part}_{i:05d}" for i in range(count)], scenes)
 
 
@@ -166,7 +173,7 @@ def file_split(dataset, block, part, root):
         path = path.get(part) if isinstance(path, dict) else path  # one path, or one for each part
         paths[key] = root / typed(path, str, f"{where}.{key} of {part}")
     parts = typed(block.get("parts", {}), dict, f"{where}.parts")
-    wanted = typed(parts.get(part, [part]), list, f"{where}.parts.{part}")
+    wanted = typed(parts.get(part, PARTS[part]), list, f"{where}.parts.{part}")
     file, content = read_json(paths["annotations"], paths["images"])
     is_coco = isinstance(content, dict) and "annotations" in content
     read = read_list if isinstance(content, list) else read_coco if is_coco else read_karpathy
@@ -194,7 +201,10 @@ def read_json(path, folder):
         with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as stream:
             content = stream.read(MAX_JSON + 1)
         require(len(content) <= MAX_JSON, f"{file}: holds more than {MAX_JSON:,} bytes: divide the data set")
-        return file, json.loads(content.decode("utf-8-sig"))
+        text = content.decode("utf-8-sig")
+        if re.match(r"\s*\{.*\}\s*\n\s*\{", text):  # JSON Lines
+            text = f"[{','.join(line for line in text.split(chr(10)) if line.strip())}]"
+        return file, json.loads(text)
     except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
         raise UserError(f"{file}: cannot be read as JSON in UTF-8 ({error}): fetch it again") from None
 
@@ -213,8 +223,9 @@ def field(label, entry, key, kind=str, default=None):
 def image_path(label, *steps):
     """The steps, joined. None of them may leave the image folder, by any system's rules."""
     for step in steps:
-        leaves = re.search(r"^[/\\]|^.:|(^|[/\\])\.\.($|[/\\])", step)  # a root, a drive, or a step up
-        require(not leaves, f"{label}: path {step!r:.80} leaves the image folder: use a path relative to it")
+        root, up = re.match(r"[/\\]|.:", step), re.search(r"(^|[/\\])\.\.($|[/\\])", step)
+        require(not root, f"{label}: path {step!r:.80} is absolute: make it relative to the image folder")
+        require(not up, f"{label}: path {step!r:.80} leaves the image folder: use a path inside it")
     return posixpath.join(*steps)
 
 
@@ -272,12 +283,6 @@ def tokenize(tokenizer, texts, max_length):
 def token_offsets(tokenizer, texts, max_length):
     """-> for every caption of `tokenize` its tokens' [(first character, last + 1)], (0, 0) for added ones."""
     return [encoding.offsets or [(0, 0)] for encoding in encode(tokenizer, texts, max_length)]
-
-
-def ordinary_ids(tokenizer):
-    """int64 (n,): the ids of the tokens that are not special."""
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return np.array(sorted(set(tokenizer.get_vocab().values()) - special))
 
 
 def mirror_words(text):
@@ -339,7 +344,6 @@ class PairSampler:
     `epoch`, and `start`, how many of its batches to skip. Each rank yields its part of every batch."""
 
     def __init__(self, split, batch_size, mode, seed, rank=0, ranks=1):
-        require(mode in ("captions", "images"), f"unknown data.epoch {mode!r}; valid: captions, images")
         self.image_of_text, self.items = split.image_of_text, len(split if mode == "images" else split.texts)
         self.batch_size, self.mode, self.seed = batch_size, mode, seed
         self.rank, self.ranks, self.epoch, self.start = rank, ranks, 0, 0
@@ -362,23 +366,24 @@ class PairSampler:
 
 class TrainPairs(torch.utils.data.Dataset):
     """(image, text, item seed) -> (image (3, H, W) float32, caption (2, M), image); the seed decides all.
-    mirrored: captions of flipped images, from mirror_tokens. skip_bad: another pair stands in for one whose
-    image cannot be read; `bad` (images,) bool notes it, in memory that the loader's workers share."""
+    mirrored: captions of flipped images, from mirror_tokens. skip_bad: where an image cannot be read, another
+    pair takes its place, with a warning."""
 
     def __init__(self, split, captions, transform, augment, tokenizer, mirrored=None, skip_bad=False):
         self.split, self.captions, self.mirrored = split, captions, mirrored or {}
         self.transform, self.augment, self.skip_bad = transform, augment, skip_bad
-        self.mask_id, self.word_ids = tokenizer.mask_token_id, ordinary_ids(tokenizer)
-        self.bad = torch.zeros(len(split), dtype=torch.bool).share_memory_()
+        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self.mask_id = tokenizer.mask_token_id
+        self.word_ids = np.array(sorted(set(tokenizer.get_vocab().values()) - special))
 
     def load(self, image, text, seed, tries=10):
         """-> (pixels, image, text), of the pair asked for or of one in its place."""
         try:
             return self.split.load_image(image, self.transform.size), image, text
-        except UserError:
+        except UserError as error:
             if not self.skip_bad or not tries:
                 raise
-        self.bad[image] = True
+            warnings.warn(f"another pair takes its place: {error}")
         other = int(np.random.default_rng([seed, tries]).integers(len(self.captions)))
         return self.load(int(self.split.image_of_text[other]), other, seed, tries - 1)
 
@@ -396,15 +401,11 @@ class TrainPairs(torch.utils.data.Dataset):
             return self.transform(pixels), caption, image
 
 
-@dataclass
-class Collate:
+def collate(items, pad_id):
     """Items of TrainPairs -> {"images" (B, 3, H, W), "ids", "valid", "words" (B, M), "image_ids" (B,)}"""
-    pad_id: int
-
-    def __call__(self, items):
-        images, captions, image_ids = zip(*items)
-        text = dict(zip(("ids", "valid", "words"), pad(captions, self.pad_id)))
-        return {"images": torch.stack(images), "image_ids": torch.tensor(image_ids), **text}
+    images, captions, image_ids = zip(*items)
+    text = dict(zip(("ids", "valid", "words"), pad(captions, pad_id)))
+    return {"images": torch.stack(images), "image_ids": torch.tensor(image_ids), **text}
 
 
 class EvalImages(torch.utils.data.Dataset):

@@ -40,7 +40,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import Subset
 from tqdm import tqdm
 
 import data
@@ -202,8 +202,8 @@ class Matcher:
         """{level: (I', T) on the CPU} of some images of the split with the captions of `caption_batches`."""
         texts = [(columns, TextFeatures(*(x.to(self.device) for x in text))) for columns, text in texts]
         matrices = torch.empty(len(self.levels), len(images), sum(len(columns) for columns, _ in texts))
-        loader = DataLoader(Subset(data.EvalImages(split, self.transform), images), batch_size,
-                            num_workers=self.config["data"]["workers"], pin_memory=self.device.type == "cuda")
+        loader = runs.loader(Subset(data.EvalImages(split, self.transform), images),
+                             self.config["data"]["workers"], self.device, batch_size=batch_size)
         done = 0
         with tqdm(total=matrices[0].numel(), desc=f"{title}: images and similarity", unit="pairs",
                   unit_scale=True, disable=title is None, leave=False) as bar:

@@ -102,9 +102,6 @@ class SharedRun:
     def random_states(self):
         return [state for states in gather_objects(super().random_states()) for state in states]
 
-    def bad_images(self):
-        return torch.stack(gather_objects(super().bad_images())).any(0)
-
     def image_ids(self, batch):
         return [i for ids in gather_objects(super().image_ids(batch)) for i in ids]
 

@@ -3,7 +3,9 @@ import contextlib
 import copy
 import os
 import platform
+import shutil
 import signal
+import stat
 import subprocess
 import sys
 import warnings
@@ -12,6 +14,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from torch.utils.data import DataLoader
 
 import encoders
 import modules
@@ -30,6 +33,8 @@ ABOVE_0 = ("model.tau", "model.prompt_scale", "loss.temperature", "train.lr", "t
 BETWEEN_0_AND_1 = ("model.image_keep", "model.text_keep")
 MAY_BE_NULL = ("train.max_steps", "train.micro_batch", "model.image_keep", "model.text_keep",
                "model.prompt_scale")
+SIGHUP = getattr(signal, "SIGHUP", None)                           # Windows has none
+LOADER_SECONDS = 100                              # a data loader that gives nothing for so long is stuck
 CHOICES = {"loss.kind": ("triplet", "infonce"), "data.epoch": ("captions", "images"),
            "image.statistics": ("imagenet", "model"), "model.mask_acts_on": ("tokens", "means"),
            "model.text_mask_reads": ("outputs", "embeddings"), "model.prior": ("standard", "scaled")}
@@ -287,22 +292,34 @@ def find_checkpoint(name: str) -> Path:
 
 # ---- signals -----------------------------------------------------------------------------------------------
 class Stopped(BaseException):
-    """SIGINT or SIGTERM arrived. Not an Exception, so that nothing takes it for a failure of its own."""
+    """A signal asked the run to stop. Not an Exception, so that nothing takes it for a failure of its own."""
 
 
 class Signals:
-    """SIGINT and SIGTERM set `stop`, so that a step ends first; within `at_once()` they raise Stopped."""
+    """SIGINT, SIGTERM, SIGHUP set `stop`, so that a step ends first; within `at_once()` they raise Stopped.
+
+    After one, the next SIGINT or SIGTERM ends the process whatever it waits for; torchrun, which adds a
+    SIGTERM of its own to the terminal's SIGINT, sees to that itself.
+    """
 
     def __init__(self):
         self.stop, self.immediate, self.process = False, False, os.getpid()
-        self.before = {number: signal.signal(number, self.receive)
-                       for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if SIGHUP and signal.getsignal(SIGHUP) != signal.SIG_IGN:   # nohup ignores it
+            numbers.append(SIGHUP)
+        self.before = {number: signal.signal(number, self.receive) for number in numbers}
 
     def receive(self, number, frame):
-        if os.getpid() == self.process:                         # not in a copy of the process that loads data
-            self.stop = True
-            if self.immediate:
-                raise Stopped
+        if os.getpid() != self.process:                         # in a copy of the process, which loads data
+            return
+        if number == SIGHUP:
+            leave_terminal()
+        if "RANK" not in os.environ:
+            for other in self.before:
+                signal.signal(other, signal.SIG_IGN if other == SIGHUP else signal.SIG_DFL)
+        self.stop = True
+        if self.immediate:
+            raise Stopped
 
     @contextlib.contextmanager
     def at_once(self):
@@ -319,24 +336,61 @@ class Signals:
             signal.signal(number, handler)
 
 
+def leave_terminal():
+    """Once a terminal is gone, every line written to it is an error: they go nowhere from here on."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        if not stat.S_ISREG(os.fstat(stream).st_mode):          # a log file stays
+            os.dup2(nowhere, stream)
+
+
 def leave_signals_to_the_run(worker: int):
     """For data-loading processes, which a shell's Ctrl-C reaches too: the last step still needs them. A
     second SIGTERM, which the run itself sends, ends one that is stuck."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if SIGHUP:
+        signal.signal(SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 # ---- what every script shares ------------------------------------------------------------------------------
 @contextlib.contextmanager
 def one_line_errors():
-    """Ends the script with one line for what the user did wrong, for a NaN, and for Ctrl-C."""
+    """Ends the script with one line for what the user did wrong, for a NaN, for what torch could not do for
+    want of memory or data, and for Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):   # a console that lacks a character shows its number
+            stream.reconfigure(errors="backslashreplace")
     try:
         yield
-    except (UserError, OSError, FloatingPointError) as error:
+    except (UserError, OSError, FloatingPointError, RuntimeError) as error:
+        said = str(error)
+        if isinstance(error, torch.OutOfMemoryError):
+            said = "the GPU has no memory left: lower train.micro_batch, or an evaluation's --batch-size"
+        elif said.startswith("DataLoader"):
+            said = loader_failed(said)
+        elif isinstance(error, RuntimeError):
+            raise
         error.__traceback__ = None           # it holds the data-loading processes, which would be waited for
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {said}")
     except KeyboardInterrupt:
         sys.exit("stopped")
+
+
+def loader(dataset, workers: int, device: torch.device, **more) -> DataLoader:
+    """A DataLoader. RuntimeError if its processes give no batch for LOADER_SECONDS, or one of them dies."""
+    return DataLoader(dataset, num_workers=workers, timeout=LOADER_SECONDS if workers else 0,
+                      pin_memory=device.type == "cuda", worker_init_fn=leave_signals_to_the_run,
+                      generator=torch.Generator(), **more)         # its own, or an epoch's start draws noise
+
+
+def loader_failed(said: str) -> str:
+    shared = ""
+    with contextlib.suppress(OSError):                             # Linux only
+        size = shutil.disk_usage("/dev/shm").total >> 20
+        shared = f"; batches pass through /dev/shm, which holds {size} MiB"
+    return (f"the processes that load images failed ({one_line(said)}{shared}): give a container more with "
+            "--shm-size, check the disk, or set data.workers=0; training goes on with --resume")
 
 
 def amp_context(config: dict, device: torch.device):

@@ -36,10 +36,10 @@ import os
 import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
@@ -239,15 +239,13 @@ class Run:
                                          train=True, crop=config["augment"]["crop"])
         captions = data.tokenize(self.tokenizer, texts, length)
         mirrored = data.mirror_tokens(self.tokenizer, texts, length)
-        self.pairs = data.TrainPairs(self.train_split, captions, transform, config["augment"], self.tokenizer,
+        pairs = data.TrainPairs(self.train_split, captions, transform, config["augment"], self.tokenizer,
                                      mirrored, config["data"]["skip_bad_images"])
         self.sampler = data.PairSampler(self.train_split, train["batch_size"], config["data"]["epoch"],
                                         train["seed"], rank=self.rank, ranks=self.ranks)
-        self.loader = DataLoader(
-            self.pairs, batch_sampler=self.sampler, collate_fn=data.Collate(self.tokenizer.pad_token_id),
-            num_workers=config["data"]["workers"], pin_memory=self.device.type == "cuda",
-            worker_init_fn=runs.leave_signals_to_the_run,
-            generator=torch.Generator())               # its own, so that an epoch's start draws from no other
+        collate = partial(data.collate, pad_id=self.tokenizer.pad_token_id)
+        self.loader = runs.loader(pairs, config["data"]["workers"], self.device,
+                                  batch_sampler=self.sampler, collate_fn=collate)
         self.total_steps = min(train["epochs"] * len(self.sampler), train["max_steps"] or math.inf)
 
     def prepare_folder(self, resume: bool):
@@ -265,7 +263,7 @@ class Run:
     def save_last(self):
         state = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
                  "random_states": self.random_states(), "validated": self.validated, "trained": self.trained,
-                 "skipped": [self.skipped, self.skipped_in_a_row], "bad_images": self.bad_images(),
+                 "skipped": [self.skipped, self.skipped_in_a_row],
                  "metrics_size": self.metrics.tell()}
         self.save("last.pt", self.checkpoint() | state, self.out / "last.prev.pt")
         self.saved_at = time.perf_counter()
@@ -289,8 +287,6 @@ class Run:
         self.step, self.best, self.validated, self.trained = (
             last[key] for key in ("step", "best", "validated", "trained"))
         self.skipped, self.skipped_in_a_row = last["skipped"]
-        if last["bad_images"].shape == self.pairs.bad.shape:
-            self.pairs.bad |= last["bad_images"]
         if self.metrics.tell() > last["metrics_size"]:            # steps that are done again are logged again
             self.metrics.seek(self.metrics.truncate(last["metrics_size"]))
         states = last["random_states"]
@@ -309,9 +305,6 @@ class Run:
 
     def random_states(self) -> list:
         return [random_state()]                                    # of every process
-
-    def bad_images(self) -> torch.Tensor:
-        return self.pairs.bad.clone()                              # (images,) bool: those that cannot be read
 
     # ---- what it tells -------------------------------------------------------------------------------------
     def say(self, text: str):
@@ -348,13 +341,6 @@ class Run:
 
     def image_ids(self, batch: dict) -> list[int]:
         return batch["image_ids"].tolist()
-
-    def report_bad_images(self):
-        names = [self.train_split.image_names[i] for i in self.bad_images().nonzero().flatten().tolist()]
-        if names:
-            self.log({"bad_images": names})
-            self.say(f"{len(names)} images could not be read, and others took their place: "
-                     f"{', '.join(names[:10])}{', ... (all in metrics.jsonl)' if len(names) > 10 else ''}")
 
 
 # ---- the parts of a step -----------------------------------------------------------------------------------
@@ -400,7 +386,6 @@ def main(args) -> str | None:
         begun = True
         run.introduce()
         run.train()
-        run.report_bad_images()
         run.say(f"trained {run.step} steps, {run.trained:.0f} s of training")
         with signals.at_once():
             run.test()

@@ -1,4 +1,5 @@
 """What goes wrong while a run lasts: signals, kills, bad and hostile files, losses that are not finite."""
+import fcntl
 import json
 import multiprocessing
 import os
@@ -8,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
 
 import pytest
@@ -76,7 +78,7 @@ def same_end(one, other):
     (train_grm, "gradients", 3, 3), (eval_grm.Matcher, "evaluate", 1, 5),
     (eval_grm.Matcher, "caption_batches", 2, 7)],
     ids=["in a step", "in the first validation", "in the last validation"])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_leaves_a_run_that_goes_on_exactly(whole, tmp_path, owner, function, call, step, number):
     workers = "data.workers=1" if function == "gradients" else "data.workers=0"
     with signal_at(owner, function, call, number):
@@ -94,6 +96,64 @@ def test_a_signal_while_loading_ends_the_run_at_once(copied, number):
         failure = train(copied, resume=True)
     assert "before the first step" in failure and "as it was" in failure and "\n" not in failure
     assert (copied / "last.pt").read_bytes() == before and signal.getsignal(number) == handler
+
+
+SCRIPT = """import sys, time
+sys.path[:0] = sys.argv[1:3]
+import conftest, data
+real, when = data.ShapesSplit.load_image, sys.argv[3]
+def load_image(self, i, size=None):
+    open(when, "a").close()
+    time.sleep(1000 if when.endswith("stuck") else 0.05)
+    return real(self, i, size)
+data.ShapesSplit.load_image = load_image
+sys.exit(conftest.run_train(*sys.argv[4:]))
+"""
+
+
+def start(marker, out, *settings, **options):
+    """A process that trains. Its images take a moment each or, if the marker is called stuck, for ever."""
+    words = [sys.executable, "-c", SCRIPT, ROOT, ROOT / "tests", marker, "--out", out, *COMMAND, *settings]
+    process = subprocess.Popen(list(map(str, words)), **options)
+    while not marker.exists():                                 # it loads its first image
+        assert process.poll() is None
+        time.sleep(0.05)
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_a_run_that_waits_for_an_image(tmp_path, number):
+    process = start(tmp_path / "stuck", tmp_path / "run", "data.workers=1")
+    process.send_signal(number)
+    with pytest.raises(subprocess.TimeoutExpired):             # the first one waits for the step
+        process.wait(0.5)
+    process.send_signal(number)
+    assert process.wait(20) == -number
+
+
+def test_a_terminal_that_goes_away_leaves_a_run_that_goes_on_exactly(whole, tmp_path):
+    master, terminal = os.openpty()
+
+    def take_terminal():
+        os.setsid()
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    process = start(tmp_path / "slow", tmp_path / "run", stdin=terminal, stdout=terminal, stderr=terminal,
+                    preexec_fn=take_terminal)
+    os.close(terminal)
+    os.close(master)                                           # the kernel sends SIGHUP
+    assert process.wait(60) == 1 and 0 < runs.load_last(tmp_path / "run")["step"] < STEPS
+    assert train(tmp_path / "run", resume=True) is None
+    same_end(whole, tmp_path / "run")
+
+
+@pytest.mark.parametrize("fault", ["stuck", "killed"])
+def test_data_loading_processes_that_fail_are_one_line(tmp_path, monkeypatch, fault):
+    monkeypatch.setattr(runs, "LOADER_SECONDS", 1)
+    monkeypatch.setattr(data.ShapesSplit, "load_image", lambda *_: time.sleep(1000) if fault == "stuck"
+                        else os.kill(os.getpid(), signal.SIGKILL))
+    failure = train(tmp_path / "run", "data.workers=1")
+    assert failure.startswith("error: the processes that load images failed") and "\n" not in failure
+    assert "data.workers=0" in failure and {"stuck": "timed out", "killed": "exited"}[fault] in failure
 
 
 # ---- kills -------------------------------------------------------------------------------------------------
@@ -206,21 +266,17 @@ def test_a_loss_that_stays_nan_ends_the_run_with_the_last_good_checkpoint(tmp_pa
 
 
 # ---- images and hostile files ------------------------------------------------------------------------------
-def test_bad_images_are_replaced_counted_and_listed_if_asked(coco_folder, tmp_path, capsys):
-    """Photographs that do not decode, met in a data-loading process, also before a run is resumed."""
+def test_an_image_that_does_not_decode_ends_the_run_or_is_replaced_if_asked(coco_folder, tmp_path):
+    """Also in a data-loading process."""
     bad = coco_folder / "coco" / "train2014" / "1.jpg"
     bad.write_bytes(bad.read_bytes()[:300])
 
-    def photographs(out, *more):
+    def photographs(*more):
         return run_train("--backbone", "vit_micro", "--data", "coco", "--data-root", coco_folder, "--out",
-                         tmp_path / out, "--set", *TINY, "train.batch_size=5", "data.workers=1", *more)
-    assert photographs("run", "data.skip_bad_images=true", "train.max_steps=5") is None
-    told = "1 images could not be read, and others took their place: train2014/1.jpg"
-    assert told in capsys.readouterr().out
-    assert [r["bad_images"] for r in records(tmp_path / "run") if "bad_images" in r] == [["train2014/1.jpg"]]
-    assert photographs("run", "data.skip_bad_images=true", "train.max_steps=5", "--resume") is None
-    assert told in capsys.readouterr().out                     # what was met before is remembered
-    failure = photographs("stops")
+                         tmp_path / "run", "--set", *TINY, "train.batch_size=5", "train.max_steps=5", *more)
+    with pytest.warns(UserWarning, match="another pair takes its place: .*1.jpg"):
+        assert photographs("data.skip_bad_images=true", "data.workers=0") is None
+    failure = photographs("data.workers=1")
     assert failure.startswith("error: ") and str(bad) in failure and "\n" not in failure
 
 

@@ -1,4 +1,5 @@
 """runs.py: what a configuration may say, and checkpoints that are whole, told apart, and never executed."""
+import io
 import pickle
 import resource
 import shutil
@@ -140,6 +141,20 @@ def test_help_answers_before_the_libraries_are_loaded(script):
             "finally:\n assert not {'torch', 'timm', 'transformers'} & sys.modules.keys()")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "usage: " in done.stdout, done.stderr
+
+
+def test_running_out_of_gpu_memory_is_one_line():
+    with pytest.raises(SystemExit, match="error: the GPU has no memory left.*train.micro_batch"):
+        with runs.one_line_errors():
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+
+def test_a_console_that_lacks_a_character_gets_its_number(monkeypatch):
+    console = io.TextIOWrapper(io.BytesIO(), "cp1252")
+    monkeypatch.setattr("sys.stdout", console)
+    with runs.one_line_errors():
+        print("\u72d7.jpg", flush=True)
+    assert console.buffer.getvalue().strip() == b"\\u72d7.jpg"
 
 
 # ---- checkpoints -------------------------------------------------------------------------------------------
