@@ -1,7 +1,6 @@
 """Images and captions: caption files, image files, tokens, training items, the built-in `shapes` data set.
 
-A data set is a block of configs.yaml; `load_split` turns the name of a split into a `Split`. What a user did
-wrong raises `UserError`, whose text is one line: what is wrong, where, and what to do.
+A data set is a block of configs.yaml; `load_split` turns the name of a split into a `Split`.
 """
 import gzip
 import json
@@ -28,7 +27,7 @@ MAX_JSON = 2 ** 30  # bytes of a caption file; a small .gz can unpack to any num
 
 
 class UserError(Exception):
-    """Something that a user can put right, told in one line."""
+    """Something that a user can put right, told in one line: what is wrong, where, and what to do."""
 
     def __str__(self):  # raised in a DataLoader's worker it comes after a traceback: the last line is ours
         return super().__str__().strip().rpartition("\n")[2].removeprefix(f"{__name__}.UserError: ")
