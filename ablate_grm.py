@@ -20,10 +20,7 @@ GROUPS = {
         "without_L_recon": ["loss.consistency=0"], "without_L_reg": ["loss.kl=0", "loss.entropy=0"]},
     "recipes": {"recipe_paper": [], "recipe_grm": []},   # each under its own --recipe
     # At the weight of the three levels together, so that the loss keeps its scale.
-    "ori_alone": {"ori_alone": ["loss.ori=1", "loss.key=0", "loss.unc=0"]},
-    "prompts": {f"prompts_{k}": [f"model.num_prompts={k}"] for k in (1, 2, 3, 5, 8, 12, 20)},
-    "weights": {f"weights_{a}_{b}_{c}": [f"loss.ori={a}", f"loss.key={b}", f"loss.unc={c}"] for a, b, c in (
-        (0.2, 0.2, 0.6), (0.2, 0.4, 0.4), (0.2, 0.6, 0.2), (0.4, 0.2, 0.4), (0.6, 0.2, 0.2))}}
+    "ori_alone": {"ori_alone": ["loss.ori=1", "loss.key=0", "loss.unc=0"]}}
 
 
 def parse_arguments(argv=None):
@@ -41,7 +38,6 @@ def parse_arguments(argv=None):
              "Groups: changes (each difference from recipe paper turned back, as paper_loss.kind); "
              + "; ".join(f"{group}: {', '.join(names)}" for group, names in GROUPS.items()))
     add("--seeds", type=int, default=3, metavar="N", help="runs of each variant (default 3)")
-    add("--first-seed", type=int, default=0, metavar="N", help="default 0")
     add("--jobs", type=int, metavar="N", help="runs at a time (default: one a GPU or free core)")
     add("--split", metavar="NAME", help="split of the table (default: the one that training ends with)")
     add("--grounding", action="store_true", help="run ground_grm.py too, for more columns")
@@ -80,20 +76,8 @@ from data import require
 
 ROOT = Path(__file__).resolve().parent
 ELSEWHERE = {"data.root", "data.workers"}            # may differ between a run and its continuation
+# The 97.5% quantile of Student's t for 1 to 10 degrees of freedom; beyond, intervals are a little too wide.
 T_QUANTILE = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-HEAD = """# Results
-
-`python ablate_grm.py --write-results` writes this page from `results/*.json`, which the commands below the
-tables wrote. DATA is the data root. Earlier figures are in the history of this file in git.
-
-- rSum: recall at 1, 5 and 10 in both directions, added up, in per cent (at most 600).
-- ±: standard deviation over seeds. [low, high]: 95% interval by Student's t.
-- difference: rSum less that of `full`, paired by seed; significant if the interval leaves out 0.
-- time: of a training step, `full` being 1.
-- pointing: part of the phrases whose map is highest in their box, without and with masks. AUC: of the image
-  mask for boxes or outlines of objects, of the text mask for content words. cosine: between regions of an
-  image. variance: of a phrase's region, phrases of several boxes less those of one.
-"""
 
 
 # ---- the variants ------------------------------------------------------------------------------------------
@@ -272,9 +256,7 @@ def interval(values: list[float]) -> dict | float | None:
     """Mean of n values with its 95% interval by Student's t; one value as it is; None of none."""
     if len(values) < 2:
         return values[0] if values else None
-    freedom, mean = len(values) - 1, statistics.mean(values)
-    # The 97.5% quantile of Student's t; beyond 10 degrees of freedom its expansion about the normal one.
-    quantile = T_QUANTILE[freedom - 1] if freedom <= 10 else 1.96 + 2.372 / freedom + 2.822 / freedom ** 2
+    mean, quantile = statistics.mean(values), T_QUANTILE[min(len(values), 11) - 2]
     half = quantile * statistics.stdev(values) / len(values) ** 0.5
     return {"mean": mean, "low": mean - half, "high": mean + half}
 
@@ -361,8 +343,9 @@ def table_text(table: dict) -> str:
 
 
 def results_page(folder: Path) -> str:
-    """RESULTS.md: the head, and the tables of a folder in the order of their file names."""
-    return "\n".join([HEAD, *(table_text(read_table(path)) for path in sorted(folder.glob("*.json")))])
+    """RESULTS.md: 0_head.md, and the tables of a folder in the order of their file names."""
+    head = (folder / "0_head.md").read_text(encoding="utf-8")
+    return "\n".join([head, *(table_text(read_table(path)) for path in sorted(folder.glob("*.json")))])
 
 
 # ---- the command line --------------------------------------------------------------------------------------
@@ -370,7 +353,7 @@ def main(args):
     if args.write_results:
         (ROOT / "RESULTS.md").write_text(results_page(ROOT / "results"), encoding="utf-8")
         return
-    variants, seeds = variants_of(args), range(args.first_seed, args.first_seed + args.seeds)
+    variants, seeds = variants_of(args), range(args.seeds)
     # Seed by seed, so that an unfinished table compares all variants.
     jobs = [Job(args, name, settings, seed) for seed in seeds for name, settings in variants.items()]
     config, path = jobs[0].config, Path(args.json or f"{args.out}/table.json")

@@ -1,13 +1,12 @@
-"""The speed and memory of this code on this machine, in one table.
+"""The speed and memory of this code on this machine, in one table. Nothing to download.
 
-    python bench_grm.py          under two minutes on two CPU cores; nothing to download
+    python bench_grm.py
 
-Every ratio is the median over repetitions in which the things compared take turns, so that a busy machine
-slows all alike. Memory is the peak beyond what was held before, without gradients (MiB; on CPUs Linux only).
+A ratio is the median over repetitions in which the things compared take turns. Memory is the peak beyond what
+was held before, without gradients (MiB; on CPUs Linux only).
 
-similarity   pairs of images and captions scored per second, captions as long as those of COCO 5K. Ratio: to
-             "GEMM", which only multiplies the same tokens without padding, in one matrix product. "reference"
-             holds all products at once.
+similarity   pairs per second, captions as long as those of COCO 5K. Ratio: to "GEMM", one matrix product of
+             the same tokens without padding.
 loss         all levels and their gradient, 577 tokens (384 px), batch 128; target: 300 MiB on a CPU.
 recall       ranks of 5,000 images among 25,000 captions; target: 60 s, 2,048 MiB beyond the matrix.
 step         a training step and its parts by themselves. Ratio: to the step. "not encoders": heads,
@@ -45,7 +44,7 @@ import modules
 import runs
 from ablate_grm import cell, save_table, shown_command
 from gradients import gradients
-from similarity import reference_similarity, token_similarity
+from similarity import token_similarity
 
 CONFIG = str(Path(__file__).with_name("configs.yaml"))
 CPU = torch.device("cpu")
@@ -136,29 +135,14 @@ def features(images: int, tokens: int, captions: int, dim: int, device=CPU):
     return image, text, valid.to(device)
 
 
-def reference(image, text, valid):
-    ones = torch.ones_like
-    return reference_similarity(image, text, valid, ones(image[..., 0]), ones(text[..., 0]))
-
-
-def bench_similarity(report: Report, device, images: int, tokens: int, captions: int, dim: int, peers=False):
+def bench_similarity(report: Report, device, images: int, tokens: int, captions: int, dim: int):
     image, text, valid = features(images, tokens, captions, dim, device)
     rows, columns = image.flatten(0, 1), text[valid].T
     products = image.new_empty(len(rows), columns.shape[1])
     leaves = [x.clone().requires_grad_() for x in (image, text)]
-    methods = {"GRM": token_similarity} | ({"reference": reference} if peers else {})
-
-    @torch.no_grad()
-    def forward(method):
-        return method(image, text, valid)
-
-    def backward(method):
-        return torch.autograd.grad(method(*leaves, valid).sum(), leaves)
-
-    calls = {"GEMM": lambda: torch.mm(rows, columns, out=products)}
-    for name, method in methods.items():
-        calls[name] = lambda method=method: forward(method)
-        calls[f"{name} and gradient"] = lambda method=method: backward(method)
+    calls = {"GEMM": lambda: torch.mm(rows, columns, out=products),
+             "GRM": lambda: token_similarity(image, text, valid),
+             "GRM and gradient": lambda: torch.autograd.grad(token_similarity(*leaves, valid).sum(), leaves)}
     seconds = take_turns(calls, device, 3)
     report.section("similarity", "images x tokens x captions x width")
     for name, taken in seconds.items():
@@ -288,7 +272,6 @@ def bench_cuda(report: Report, recipe):
             def step():
                 model.zero_grad(set_to_none=True)
                 take_gradient(model, batch, config, device, micro_batch)
-
             seconds = statistics.median(take_turns({"": step}, device, 3)[""])
             model.zero_grad(set_to_none=True)
             memory = measure(step, device)[1]
@@ -298,7 +281,7 @@ def bench_cuda(report: Report, recipe):
 # ---- the command line --------------------------------------------------------------------------------------
 def main(args):
     report, started = Report(), time.perf_counter()
-    bench_similarity(report, CPU, 64, 197, 128, 512, peers=True)
+    bench_similarity(report, CPU, 64, 197, 128, 512)
     bench_similarity(report, CPU, 128, 5, 128, 512)
     bench_similarity(report, CPU, 128, 64, 128, 128)
     bench_loss(report, args.recipe, CPU)

@@ -3,8 +3,12 @@
 Any timm model whose features are a grid of patches and any Hugging Face text encoder will do. Nothing that is
 read can execute code, and nothing hangs where there is no network.
 """
+import bisect
+import contextlib
+import copy
 import difflib
 import json
+import math
 import os
 import urllib.error
 import urllib.request
@@ -46,15 +50,13 @@ class ImageEncoder(nn.Module):
         return tokens
 
 
-def build_image_encoder(config: dict, pretrained: bool) -> ImageEncoder:
-    """The encoder of the configuration's `image` block. `weights` is a local file; without it timm's own are
-    loaded.
-
-    UserError for a model that timm does not know or cannot build, and for one whose features are no patches.
-    """
-    name, size = config["name"], config["size"]
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), 3, 0.3)
+def build_image_encoder(config: dict, pretrained: bool, tried: bool = False) -> ImageEncoder:
+    """The encoder of the configuration's `image` block. UserError for a model that timm does not know or
+    cannot build and, unless that was tried before, for one whose features are no patches."""
+    size, name = config["size"], config["name"].removeprefix("hf-hub:").removeprefix("timm/")
+    tagged = timm.list_models(f"{name.split('/')[-1].split('.')[0]}.*", include_tags=True)
+    if not timm.is_model(name) or "." in name and name not in tagged:
+        near = difflib.get_close_matches(name, tagged or timm.list_models(), 5, 0.3)
         raise UserError(f"image.name: timm has no model '{name}'; close: {', '.join(near) or 'none'}")
     options = {"num_classes": 0, "img_size": size, **(config["options"] or {})}
     try:
@@ -65,6 +67,8 @@ def build_image_encoder(config: dict, pretrained: bool) -> ImageEncoder:
                 raise
             del options["img_size"]
             model = timm.create_model(name, **options)
+        if not tried:
+            _try_images(model, name, size)
         if pretrained:
             weights = config["weights"] or _timm_weights(name, model.pretrained_cfg)
             require(os.path.isfile(weights), f"image.weights: no such file '{weights}'")
@@ -80,22 +84,32 @@ def build_image_encoder(config: dict, pretrained: bool) -> ImageEncoder:
     statistics = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     if config["statistics"] == "model":
         statistics = tuple(model.pretrained_cfg["mean"]), tuple(model.pretrained_cfg["std"])
-    encoder = ImageEncoder(model, statistics)
-    _try_one_image(encoder, name, size)
-    return encoder
+    return ImageEncoder(model, statistics)
 
 
 @torch.no_grad()
-def _try_one_image(encoder: ImageEncoder, name: str, size: int):
-    """UserError unless a forward pass gives tokens of which more than one is a patch."""
-    training = encoder.training
+def _try_images(model: nn.Module, name: str, size: int):
+    """UserError unless tokens are a square grid of patches that sees the image to its last row and column."""
+    encoder, own = ImageEncoder(copy.deepcopy(model).eval(), ()), model.pretrained_cfg["input_size"][-1]
+    for key, weight in encoder.named_parameters():    # a bias can drown pixels, a weight of 0 would hide them
+        if "bias" in key or weight.abs().max() < 0.01:
+            weight.fill_(0.0 if "bias" in key else 0.1)
+    images = torch.rand(3, size, size, generator=torch.Generator().manual_seed(0)).repeat(3, 1, 1, 1)
+    images[1, :, -1] -= 1
+    images[2, :, :, -1] -= 1
     try:
-        tokens = encoder.eval()(torch.zeros(1, 3, size, size))
+        tokens, *moved = [encoder(image[None]) for image in images]            # alone: the same rounding
     except Exception as error:
-        raise UserError(f"image encoder '{name}' cannot encode {size} px: {one_line(error)}") from error
-    encoder.train(training)
-    patches = tokens.shape[1] - encoder.class_tokens if isinstance(tokens, Tensor) and tokens.ndim == 3 else 0
-    require(patches > 1, f"image encoder '{name}' gives no patches at {size} px: choose another image.name")
+        raise UserError(f"image encoder '{name}' cannot encode {size} px (its own size is {own}): "
+                        f"{one_line(error)}") from error
+    shape = tokens.shape if isinstance(tokens, Tensor) and tokens.ndim == 3 else (0, 0, 0)
+    patches = shape[1] - encoder.class_tokens
+    require(patches > 1 and math.isqrt(patches) ** 2 == patches and shape[2] == encoder.width,
+            f"image encoder '{name}' gives no square grid of patches at {size} px: choose another image.name")
+    stride = model.feature_info[-1]["reduction"]
+    advice = f"a multiple of {stride}" if size % stride else f"its own, {own}"
+    require(not any(torch.equal(tokens, other) for other in moved),
+            f"image encoder '{name}' ignores the last row or column of {size} px: set image.size to {advice}")
 
 
 def _timm_weights(name: str, cfg: dict) -> str:
@@ -108,12 +122,13 @@ def _timm_weights(name: str, cfg: dict) -> str:
 
 # ---- text --------------------------------------------------------------------------------------------------
 class TextEncoder(nn.Module):
-    """A transformers model as a function of token ids (B, M) and valid (B, M), False on padding -> the words
-    in context (B, M, width), and the words by themselves, their embeddings (B, M, embedding_width)."""
+    """The text part of a transformers model as a function of token ids (B, M) and valid (B, M), False on
+    padding -> the words in context (B, M, width), and the words by themselves, their embeddings
+    (B, M, embedding_width). config: the whole model's, by which build_text_encoder builds it again."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, width: int, config: dict):
         super().__init__()
-        self.hugging, self.width = model, model.config.hidden_size
+        self.hugging, self.width, self.config = model, width, config
         self.embedding_width = model.get_input_embeddings().embedding_dim
 
     def forward(self, ids: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,78 +137,141 @@ class TextEncoder(nn.Module):
     def hidden_states(self, ids: Tensor, valid: Tensor) -> Tensor:
         """(B, M, width). A CPU gains nothing from one large call, so it encodes four parts of similar length,
         which hardly have any padding."""
-        def encode(ids, valid):
-            return self.hugging(input_ids=ids, attention_mask=valid.long()).last_hidden_state
-
         if ids.device.type != "cpu" or len(ids) < 8:
-            return encode(ids, valid)
+            return _states(self.hugging, ids, valid)
         lengths = valid.sum(1)
         order = lengths.argsort(stable=True)
         parts = []
         for rows in order.chunk(4):
             longest = int(lengths[rows].max())
-            hidden = encode(ids[rows, :longest], valid[rows, :longest])
+            hidden = _states(self.hugging, ids[rows, :longest], valid[rows, :longest])
             parts.append(F.pad(hidden, (0, 0, 0, ids.shape[1] - longest)))
         return torch.cat(parts)[order.argsort()]
+
+
+def _states(model: nn.Module, ids: Tensor, valid: Tensor) -> Tensor:
+    return model(input_ids=ids, attention_mask=valid.long()).last_hidden_state
 
 
 def build_text_encoder(config: dict, pretrained: bool, vocab_size: int, pad_id: int,
                        encoder_config: dict | None = None) -> TextEncoder:
     """The encoder of the configuration's `text` block. `name` is a hub name or a local folder.
 
-    An untrained encoder takes its shape from encoder_config (a checkpoint's), or from `name` where that is at
-    hand, or it is a BERT with `options`; its vocabulary is the tokeniser's.
+    An untrained one is a BERT, or the model_type of `options`, with `options` and the tokeniser's vocabulary;
+    or it takes its shape from a checkpoint's encoder_config. UserError if the encoder will not do.
     """
-    name = config["name"]
+    name, lost = config["name"], ()
     if pretrained:
         require(name, "text.pretrained is true but text.name is empty: name a hub model or a local folder")
-        # float32, because transformers keeps the stored type; no remote code, or a folder could ask on the
-        # terminal.
-        load = transformers.AutoModel.from_pretrained
-        return TextEncoder(_from_hub(name, "text.name", lambda **where: load(
-            name, dtype=torch.float32, trust_remote_code=False, **where)))
-    if encoder_config is None:                # a checkpoint's may have more rows than the tokeniser has words
-        encoder_config = {"model_type": "bert"}
-        if name:
-            try:
-                encoder_config = transformers.AutoConfig.from_pretrained(
-                    name, local_files_only=True, trust_remote_code=False).to_dict()
-            except Exception:
-                warnings.warn(f"text.name '{name}' is not on this machine: an untrained BERT takes its place")
-        encoder_config |= config["options"] or {}
-        known = transformers.AutoConfig.for_model(encoder_config["model_type"]).to_dict().keys()
-        unknown = (config["options"] or {}).keys() - known - {"model_type"}
-        near = [close for key in unknown for close in difflib.get_close_matches(key, known, 1)]
-        require(not unknown, f"text.options: a {encoder_config['model_type']} has no "
-                             f"{', '.join(sorted(unknown))}; close: {', '.join(near) or 'none'}")
-        encoder_config |= {"vocab_size": vocab_size, "pad_token_id": pad_id}
+        model, lost = _from_hub(name, "text.name", lambda **where: _pretrained_model(name, **where))
     try:
-        return TextEncoder(transformers.AutoModel.from_config(
-            transformers.AutoConfig.for_model(**encoder_config), dtype=torch.float32))
+        if not pretrained:
+            shape = encoder_config or _untrained_config(config["options"] or {}, vocab_size, pad_id)
+            shape = transformers.AutoConfig.for_model(**shape)
+            model = transformers.AutoModel.from_config(shape, dtype=torch.float32)
+        part = _text_part(model).float()
+        rows, own = part.get_input_embeddings().num_embeddings, set(part.parameters())
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"text encoder '{name}' could not be built: {one_line(error)}") from error
+    lost = [key for key in lost if model.get_parameter(key) in own and "pooler" not in key]
+    require(not lost, f"text.name: '{name}' has no weights for {', '.join(lost[:2])}: name another")
+    require(rows >= vocab_size, f"text.name: the tokenizer needs {vocab_size} rows of embeddings, '{name}' "
+            f"has {rows}: use its own tokenizer, or model.resize_token_embeddings({vocab_size}) and save it")
+    return TextEncoder(part, _try_captions(part, config["max_length"], pad_id), model.config.to_dict())
+
+
+def _untrained_config(options: dict, vocab_size: int, pad_id: int) -> dict:
+    kind = options.get("model_type", "bert")
+    known = transformers.AutoConfig.for_model(kind).to_dict().keys()
+    unknown = sorted(options.keys() - known)
+    near = [close for key in unknown for close in difflib.get_close_matches(key, known, 1)]
+    require(not unknown, f"text.options: a {kind} has no {', '.join(unknown)}; "
+                         f"close: {', '.join(near) or 'none'}")
+    return {"model_type": kind} | options | {"vocab_size": vocab_size, "pad_token_id": pad_id}
+
+
+def _pretrained_model(name: str, **where) -> tuple[nn.Module, list]:
+    """-> a transformers model, the names of its learnt weights that were not in the file."""
+    # float32, because transformers keeps the stored type; no remote code, or a folder could ask on the
+    # terminal.
+    model, report = transformers.AutoModel.from_pretrained(
+        name, dtype=torch.float32, trust_remote_code=False, output_loading_info=True, **where)
+    with torch.device("meta"):                        # as built, before loading makes sinusoids learnt
+        built = transformers.AutoModel.from_config(model.config).named_parameters(remove_duplicate=False)
+    return model, [key for key, weight in built if key in report["missing_keys"] and weight.requires_grad]
+
+
+def _text_part(model: nn.Module) -> nn.Module:
+    """What encodes text in a transformers model: its text tower, the encoder before its decoder, or all."""
+    text = getattr(model.config, "text_config", None)
+    if text is not None:                                         # base_model: without a language model's head
+        model = next(part for part in model.modules() if getattr(part, "config", None) is text).base_model
+    encoder = model.get_encoder()                                # BERT's are layers, without embeddings
+    if isinstance(encoder, transformers.PreTrainedModel):
+        return encoder
+    require(not model.config.is_encoder_decoder, "its encoder does not work without its decoder")
+    return model
+
+
+@torch.no_grad()
+def _try_captions(model: nn.Module, length: int, pad_id: int) -> int:
+    """-> the width of the states. UserError unless `length` tokens get one each, whatever padding follows."""
+    word = min({0, 1, 2} - {pad_id, model.get_input_embeddings().padding_idx})   # RoBERTa counts no padding
+
+    def states(words: int, padding: int = 0) -> Tensor | str:                    # or what is wrong
+        ids = torch.tensor([[word] * words + [pad_id] * padding])
+        try:
+            return _states(model.eval(), ids, torch.arange(words + padding)[None] < words)[:, :words]
+        except Exception as error:
+            return one_line(error)
+
+    kind, whole = f"text encoder {type(model).__name__}", states(length)
+    if isinstance(whole, str):
+        longest = bisect.bisect_left(range(1, length), True, key=lambda words: isinstance(states(words), str))
+        raise UserError(f"text.max_length is {length}; {kind} takes at most {longest} tokens ({whole:.60}): "
+                        "lower it or choose another encoder")
+    require(whole.shape[:-1] == (1, length) and whole.isfinite().all(),
+            f"{kind} does not give each token a finite state: choose another text.name")
+    alone, padded = states(length // 2), states(length // 2, length - length // 2)
+    require((padded - alone).abs().max() <= 1e-4 * alone.abs().max(),
+            f"{kind} reads padding as if it were words: choose another text.name")
+    return whole.shape[-1]
 
 
 # ---- the tokeniser -----------------------------------------------------------------------------------------
 def load_tokenizer(name: str | None, captions=None):
-    """The fast tokeniser `name`: a local folder, or a name in the hub's cache or on the hub.
-
-    captions: given for a text encoder from scratch; their words are the vocabulary where `name` is None or
-    cannot be loaded.
-    """
+    """The fast tokeniser `name`, a local folder or a hub name. captions: given for a text encoder from
+    scratch; where there is none of that name, their words are the vocabulary."""
     try:
         require(name is not None, "text.name is not set")
-        tokenizer = _load(name, lambda **where: transformers.AutoTokenizer.from_pretrained(
-            name, trust_remote_code=False, **where))
-        require(isinstance(tokenizer, transformers.PreTrainedTokenizerFast), "it has no fast tokenizer")
+        tokenizer = _load(name, lambda **where: _fast_tokenizer(name, **where))
     except (OSError, UserError) as error:
-        require(captions, f"text.name: no tokenizer ({error}): give a local folder with --set text.name=DIR")
+        require(captions, f"text.name: no tokenizer: {error}: give another with --set text.name=DIR")
         if name is not None:
-            warnings.warn(f"tokenizer {name!r} cannot be loaded: using a vocabulary built from the captions")
+            warnings.warn(f"tokenizer '{name}' cannot be loaded: the captions' words are the vocabulary")
         return build_tokenizer(captions)
-    if tokenizer.pad_token is None:               # padding is masked everywhere, so any token will do
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
+    if tokenizer.pad_token_id is None:            # padding is masked everywhere, so any token will do
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or min(tokenizer.get_vocab())
     return tokenizer
+
+
+def _fast_tokenizer(name: str, **where):
+    """AutoTokenizer's or, where that is a slow one or none, that of tokenizer.json."""
+    for kind in (transformers.AutoTokenizer, transformers.PreTrainedTokenizerFast):
+        with contextlib.suppress(Exception):
+            tokenizer = kind.from_pretrained(name, trust_remote_code=False, **where)
+            fast = isinstance(tokenizer, transformers.PreTrainedTokenizerFast)
+            if fast and len(tokenizer) > len(tokenizer.added_tokens_decoder) + 1:    # without files, empty
+                return tokenizer
+    raise OSError("no readable tokenizer.json (from spiece.model alone, transformers makes one where "
+                  "sentencepiece and protobuf are installed)")
+
+
+def rows_needed(tokenizer) -> int:
+    """How many rows of embeddings a tokeniser's ids ask for: they may have gaps."""
+    return 1 + max(tokenizer.get_vocab().values())
 
 
 def build_tokenizer(captions):
@@ -222,16 +300,16 @@ def tokenizer_state(tokenizer) -> dict:
 
 
 def tokenizer_from_state(state: dict):
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(state["tokenizer"]), **state["special"])
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(state["tokenizer"]))
+    for role, token in state["special"].items():      # the constructor would make a word that pads special
+        setattr(tokenizer, role, token)
+    return tokenizer
 
 
 # ---- the hub -----------------------------------------------------------------------------------------------
 def _load(name: str, from_pretrained):
     """from_pretrained(local_files_only=True), from a folder or the cache, else from the hub if it answers.
-
-    OSError with one line where neither works. A folder is never looked for on the hub.
-    """
+    OSError with one line where neither works. A folder is never looked for on the hub."""
     try:
         return from_pretrained(local_files_only=True)
     except Exception as error:                             # OSError, ValueError, and each library's own types

@@ -17,16 +17,13 @@ def parse_arguments(argv=None):
                              "part of one, as f8k_val[500:] (default: the run's test split)")
     parser.add_argument("--config", metavar="FILE", help="data sets of this file instead of the checkpoint's")
     parser.add_argument("--data-root", metavar="DIR", help="folder of data sets (default: as in training)")
-    parser.add_argument("--batch-size", type=positive, default=128, metavar="N", help="images at a time")
-    parser.add_argument("--limit", type=positive, metavar="N", help="only the first N images")
+    parser.add_argument("--batch-size", type=int, default=128, metavar="N", help="images at a time")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N images")
     parser.add_argument("--out", metavar="DIR", help="write DIR/metrics.json")
-    return parser.parse_args(argv)
-
-
-def positive(text: str) -> int:
-    if int(text) < 1:
-        raise ValueError(text)
-    return int(text)
+    args = parser.parse_args(argv)
+    if args.batch_size < 1 or args.limit is not None and args.limit < 1:
+        parser.error("--batch-size and --limit must be at least 1")
+    return args
 
 
 if __name__ == "__main__":
@@ -235,7 +232,7 @@ class Matcher:
 # ---- the command line --------------------------------------------------------------------------------------
 def split_of(args, config: dict) -> tuple[data.Split, dict, str]:
     """The split that --split, --config, --data-root and --limit ask for -> split, datasets, data root."""
-    datasets = runs.load_datasets(args.config) if args.config else config["datasets"]
+    datasets = runs.read_blocks(args.config)["datasets"] if args.config else config["datasets"]
     root = args.data_root or config["data"]["root"]
     names = data.split_names(datasets)
     wanted = args.split or data.splits_of(names, config["data"]["name"], "test")[0]

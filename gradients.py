@@ -23,7 +23,6 @@ def gradients(model: GRM, batch: dict, loss, micro_batch: int | None, amp=contex
             total, terms = loss(image, text, batch["image_ids"])
         scale(total).backward()
         return total.detach(), terms, detached(image), detached(text)
-
     rows = [slice(start, start + micro_batch) for start in range(0, size, micro_batch)]
     random_states, encoded = [], []
     with torch.no_grad(), amp:

@@ -340,7 +340,7 @@ def build_grm(config: dict, vocab_size: int, pad_id: int, encoder_config: dict |
               pretrained: bool = True) -> GRM:
     """The model of a configuration. pretrained=False loads nothing, for a checkpoint's weights to follow."""
     image, text = config["image"], config["text"]
-    image_encoder = build_image_encoder(image, pretrained and image["pretrained"])
+    image_encoder = build_image_encoder(image, pretrained and image["pretrained"], tried=bool(encoder_config))
     text_encoder = build_text_encoder(text, pretrained and text["pretrained"], vocab_size, pad_id,
                                       encoder_config)
     levels = {level: config["loss"][level] for level in LEVELS}

@@ -16,7 +16,6 @@ import modules
 from data import require
 
 REGULARISERS = ("consistency", "kl", "entropy")         # means over the batch that need no other rank's pairs
-BUCKET = 2 ** 25                                               # numbers that travel in one message
 
 
 def shared(run_class):
@@ -132,17 +131,11 @@ def shared_loss(model: modules.GRM, image, text, image_ids: Tensor, loss: dict, 
 
 
 def average(tensors: list[Tensor]):
-    """Overwrites every tensor with its mean over the ranks. Small ones travel together."""
-    bucket, size = [], 0
-    for n, tensor in enumerate(tensors, 1):
-        bucket.append(tensor)
-        size += tensor.numel()
-        if size >= BUCKET or n == len(tensors):
-            flat = torch.cat([x.float().flatten() for x in bucket])
-            dist.all_reduce(flat)
-            for x, mean in zip(bucket, (flat / dist.get_world_size()).split([x.numel() for x in bucket])):
-                x.copy_(mean.view_as(x))
-            bucket, size = [], 0
+    """Overwrites every tensor with its mean over the ranks."""
+    messages = [dist.all_reduce(tensor, async_op=True) for tensor in tensors]         # all under way at once
+    for message, tensor in zip(messages, tensors):
+        message.wait()
+        tensor /= dist.get_world_size()
 
 
 def gather(x: Tensor) -> Tensor:

@@ -31,8 +31,6 @@ AT_LEAST = {"train.epochs": 1, "train.max_steps": 1, "train.batch_size": 1, "tra
             "train.encoder_lr": 0.0, "loss.ramp": 0.0}
 ABOVE_0 = ("model.tau", "model.prompt_scale", "loss.temperature", "train.lr", "train.clip")
 BETWEEN_0_AND_1 = ("model.image_keep", "model.text_keep")
-MAY_BE_NULL = ("train.max_steps", "train.micro_batch", "model.image_keep", "model.text_keep",
-               "model.prompt_scale")
 SIGHUP = getattr(signal, "SIGHUP", None)                           # Windows has none
 LOADER_SECONDS = 100                              # a data loader that gives nothing for so long is stuck
 CHOICES = {"loss.kind": ("triplet", "infonce"), "data.epoch": ("captions", "images"),
@@ -48,10 +46,7 @@ def load_config(path: str, backbone: str, recipe: str | None = None, dataset: st
 
     recipe: by default the backbone's. UserError, in one line, for a setting that does not exist or cannot be.
     """
-    blocks = read_yaml(path)
-    needed = ("defaults", "recipes", "backbones", "datasets")
-    require(isinstance(blocks, dict) and all(isinstance(blocks.get(key), dict) for key in needed),
-            f"'{path}' needs the blocks {', '.join(needed)}")
+    blocks = read_blocks(path, ["defaults", "recipes", "backbones", "datasets"])
     defaults = {section: {key: fitting(value, None, key) for key, value in
                           settings(blocks["defaults"].get(section), f"defaults.{section}").items()}
                 for section in SECTIONS}
@@ -77,21 +72,17 @@ def load_config(path: str, backbone: str, recipe: str | None = None, dataset: st
     return config
 
 
-def read_yaml(path: str):
+def read_blocks(path: str, needed=("datasets",)) -> dict:
+    """The blocks of a configuration file, among them those that are needed."""
     try:
-        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        blocks = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read the configuration '{path}': {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"'{path}' is not YAML: {one_line(error)}") from None
-
-
-def load_datasets(path: str) -> dict:
-    """The `datasets` block of a configuration file."""
-    blocks = read_yaml(path)
-    datasets = blocks.get("datasets") if isinstance(blocks, dict) else None
-    require(isinstance(datasets, dict), f"'{path}' has no block `datasets`")
-    return datasets
+    require(isinstance(blocks, dict) and all(isinstance(blocks.get(key), dict) for key in needed),
+            f"'{path}' needs the blocks {', '.join(needed)}")
+    return blocks
 
 
 def named(blocks: dict, kind: str, name: str | None):
@@ -156,19 +147,18 @@ def check(config: dict, defaults: dict):
 
     for section in SECTIONS:
         for name, default in defaults[section].items():
-            must = isinstance(default, (int, float, list)) and f"{section}.{name}" not in MAY_BE_NULL
+            must = isinstance(default, (int, float, list))         # what is null by default may be null
             require(config[section][name] is not None or not must,
                     f"{section}.{name} is null; it must have a value, as {default!r}")
     for key, least in AT_LEAST.items():
         value, whole = get(key), isinstance(least, int)
         fits = is_number(value) and value >= least and not (whole and isinstance(value, float))
         kind = "a whole number of at least" if whole else "at least"
-        require(fits or value is None and key in MAY_BE_NULL,
-                f"{key} is {value!r}; it must be {kind} {least}")
+        require(fits or value is None, f"{key} is {value!r}; it must be {kind} {least}")
     for key in (*ABOVE_0, *BETWEEN_0_AND_1):
         value, below = get(key), 1 if key in BETWEEN_0_AND_1 else float("inf")
         limits = "lie between 0 and 1" if key in BETWEEN_0_AND_1 else "be above 0"
-        require(is_number(value) and 0 < value < below or value is None and key in MAY_BE_NULL,
+        require(value is None or is_number(value) and 0 < value < below,
                 f"{key} is {value!r}; it must {limits}")
     for key, valid in CHOICES.items():
         require(get(key) in valid, f"{key} is '{get(key)}'; valid: {', '.join(valid)}")
@@ -269,8 +259,9 @@ def model_from_checkpoint(checkpoint: dict):
     """-> GRM in evaluation mode, its tokeniser. Needs neither the hub nor pretrained weights."""
     tokenizer = encoders.tokenizer_from_state(checkpoint["tokenizer"])
     try:
-        model = modules.build_grm(checkpoint["config"], len(tokenizer), tokenizer.pad_token_id,
-                                  checkpoint["text_config"], pretrained=False)
+        rows, pad_id = encoders.rows_needed(tokenizer), tokenizer.pad_token_id
+        model = modules.build_grm(checkpoint["config"], rows, pad_id, checkpoint["text_config"],
+                                  pretrained=False)
         model.load_state_dict(checkpoint["model"])
     except (KeyError, TypeError) as error:
         raise UserError(f"the checkpoint is of another version of this code ({one_line(error)}): train again "

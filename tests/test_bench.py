@@ -1,4 +1,4 @@
-"""What the benchmark compares computes the same thing, and its measures measure what they say."""
+"""What the benchmark measures is what its rows say."""
 import json
 
 import pytest
@@ -7,13 +7,6 @@ import torch
 import bench_grm
 from bench_grm import CPU
 from conftest import TINY
-from similarity import token_similarity
-
-
-def test_the_methods_that_are_compared_agree():
-    image, text, valid = bench_grm.features(3, 7, 9, 16)
-    expected = token_similarity(image, text, valid)
-    torch.testing.assert_close(bench_grm.reference(image, text, valid), expected)
 
 
 def test_captions_are_as_long_as_cocos():
@@ -37,7 +30,7 @@ def test_memory_counts_what_is_freed_again_and_not_what_is_returned():
 
 def test_the_parts_of_a_step_and_the_step_are_rows_of_a_table(recipe, capsys):
     report = bench_grm.Report()
-    bench_grm.bench_similarity(report, CPU, 4, 5, 8, 16, peers=True)
+    bench_grm.bench_similarity(report, CPU, 4, 5, 8, 16)
     bench_grm.bench_step(report, "vit_micro", recipe, 8, TINY, repetitions=1)
     figures = {row["name"]: row["values"] for row in report.rows}
     step = {name.split(": ")[2]: values for name, values in figures.items() if name.startswith("step")}

@@ -198,4 +198,4 @@ def test_odd_captions_become_tokens_and_keep_one_when_augmented(text):
         tok = build(how)
         caption, = data.tokenize(tok, [text], 16)
         assert 1 <= caption.shape[1] <= 16 and caption[1].any()
-        assert test_data.augmented(caption, 0, drop=.9, mask=.1, tok=tok)[1].any()
+        assert test_data.augmented(caption, 0, drop=.9, mask=.1)[1].any()

@@ -236,7 +236,7 @@ def ground(config, folder, capsys, *argv):
     model = modules.build_grm(config, len(tokenizer), tokenizer.pad_token_id)
     torch.save({"model": model.state_dict(), "config": config,
                 "tokenizer": encoders.tokenizer_state(tokenizer),
-                "text_config": model.text_encoder.hugging.config.to_dict()}, folder / "x.pt")
+                "text_config": model.text_encoder.config}, folder / "x.pt")
     arguments = ["--ckpt", str(folder / "x.pt"), "--out", str(folder / "out"), *map(str, argv)]
     ground_grm.main(ground_grm.parse_arguments(arguments))
     report = json.loads((folder / "out" / "grounding.json").read_text())

@@ -44,11 +44,12 @@ def test_a_file_of_results_is_complete_and_names_no_path_of_a_machine(path):
 
 
 def test_the_page_has_the_tables_in_order_between_conclusion_and_origin(tmp_path):
-    assert ablate_grm.results_page(tmp_path) == ablate_grm.HEAD
+    (tmp_path / "0_head.md").write_text("# Head\n")
+    assert ablate_grm.results_page(tmp_path) == "# Head\n"
     (tmp_path / "2.json").write_text(json.dumps(TABLE | {"title": "Second", "notes": ["a note"]}))
     (tmp_path / "1.json").write_text(json.dumps(TABLE | {"title": "First"}))
     page = ablate_grm.results_page(tmp_path)
-    assert page.startswith(ablate_grm.HEAD) and page.index("## First") < page.index("## Second")
+    assert page.startswith("# Head\n") and page.index("## First") < page.index("## Second")
     assert page.endswith("""
 ## Second
 

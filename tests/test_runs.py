@@ -25,7 +25,7 @@ def setting(key, *names, path=CONFIG, **more):
 
 def written(folder, **changes):
     """configs.yaml with these changes, {dotted__key: value} -> its path."""
-    content = runs.read_yaml(CONFIG)
+    content = runs.read_blocks(CONFIG)
     for key, value in changes.items():
         *path, last = key.split("__")
         block = content
@@ -56,7 +56,7 @@ def test_the_settings_of_the_file():
     assert setting("train.batch_size", "vit_b_224") == 256                             # COCO's
     assert setting("train.batch_size", "vit_b_224", dataset="f30k") == 128             # the default
     assert setting("train.batch_size", "vit_tiny", dataset="coco") == 64               # the backbone's
-    assert setting("augment.word_drop", "vit_micro") == 0 < setting("augment.word_drop", "vit_tiny")
+    assert setting("augment.word_drop", "vit_tiny") == 0 < setting("augment.word_drop", "vit_tiny", "paper")
     assert setting("model.num_prompts", "swin_b_384") == 50
     assert setting("model.image_keep", "vit_b_224") is None                            # the paper's
     assert setting("model.image_keep", "vit_b_224", "grm") == 0.5
@@ -74,7 +74,7 @@ def test_every_backbone_has_its_recipe_and_no_recipe_sets_the_batch_size(backbon
 
 def test_recipe_paper_is_the_defaults():
     settings = runs.load_config(CONFIG, "vit_b_224", "paper", dataset="f30k")
-    defaults = runs.read_yaml(CONFIG)["defaults"]
+    defaults = runs.read_blocks(CONFIG)["defaults"]
     for section in ("text", "model", "loss", "augment", "train"):
         assert settings[section] == defaults[section]
 

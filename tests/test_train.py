@@ -137,7 +137,7 @@ SHALLOW = {"vit_b_224": ["image.options.depth=1"], "swin_b_224": ["image.options
            "vit_tiny": ["image.options.depth=1"]}              # one layer a stage: no shape depends on it
 
 
-@pytest.mark.filterwarnings("ignore:text.name.*not on this machine", "ignore:tokenizer .* cannot be loaded")
+@pytest.mark.filterwarnings("ignore:tokenizer .* cannot be loaded")
 @pytest.mark.parametrize("backbone, tokens", [
     ("vit_b_224", 196), ("swin_b_224", 49), ("vit_tiny", 49), ("vit_micro", 64),
     pytest.param("vit_b_384", 576, marks=SLOW), pytest.param("swin_b_384", 144, marks=SLOW)])
@@ -155,7 +155,8 @@ def test_every_backbone_trains_a_step_and_evaluates(backbone, tokens, recipe, co
     model, _ = runs.model_from_checkpoint(runs.load_checkpoint(f"runs/{backbone}-coco/best.pt"))
     size = runs.load_config(CONFIG, backbone)["image"]["size"]
     with torch.no_grad():
-        assert model.encode_image(torch.zeros(1, 3, size, size)).tokens.shape[1] == tokens
+        image = model.encode_image(torch.zeros(1, 3, size, size))
+    assert image.tokens.shape[1] == model.class_tokens + tokens
     shutil.rmtree("runs")
 
 
@@ -338,5 +339,5 @@ def test_local_pretrained_weights_train_stop_and_resume_on_photographs(recipe, t
     last = runs.load_last(tmp_path / "cut")
     model, _ = runs.model_from_checkpoint(last)
     assert {p.dtype for p in model.parameters()} == {torch.float32}    # the text weights are stored in fp16
-    rate, peaks = {"paper": 2e-4, "grm": 1e-3}[recipe], {g["peak"] for g in last["optimizer"]["param_groups"]}
-    assert sorted(peaks) == pytest.approx([rate / 10, rate])           # pretrained encoders at a tenth
+    peaks = sorted({group["peak"] for group in last["optimizer"]["param_groups"]})
+    assert peaks == pytest.approx({"paper": [2e-5, 2e-4], "grm": [1e-4, 4e-3]}[recipe])   # encoders, the rest

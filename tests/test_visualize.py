@@ -133,7 +133,7 @@ def visualize(tiny_config, tmp_path, monkeypatch, picture):
     model = modules.build_grm(tiny_config, len(tokenizer), tokenizer.pad_token_id)
     torch.save({"model": model.state_dict(), "config": tiny_config,
                 "tokenizer": encoders.tokenizer_state(tokenizer),
-                "text_config": model.text_encoder.hugging.config.to_dict()}, "x.pt")
+                "text_config": model.text_encoder.config}, "x.pt")
 
     def run(*argv):
         defaults = ["--ckpt", "x.pt", "--rows", "1", "--out", "new/sheet.png"]
