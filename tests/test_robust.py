@@ -104,7 +104,7 @@ import conftest, data
 real, when = data.ShapesSplit.load_image, sys.argv[3]
 def load_image(self, i, size=None):
     open(when, "a").close()
-    time.sleep(1000 if when.endswith("stuck") else 0.05)
+    time.sleep(40 if when.endswith("stuck") else 0.05)
     return real(self, i, size)
 data.ShapesSplit.load_image = load_image
 sys.exit(conftest.run_train(*sys.argv[4:]))
@@ -112,7 +112,7 @@ sys.exit(conftest.run_train(*sys.argv[4:]))
 
 
 def start(marker, out, *settings, **options):
-    """A process that trains. Its images take a moment each or, if the marker is called stuck, for ever."""
+    """A process that trains. Its images take a moment each or, if the marker is called stuck, very long."""
     words = [sys.executable, "-c", SCRIPT, ROOT, ROOT / "tests", marker, "--out", out, *COMMAND, *settings]
     process = subprocess.Popen(list(map(str, words)), **options)
     while not marker.exists():                                 # it loads its first image
