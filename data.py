@@ -202,7 +202,7 @@ def read_json(path, folder):
         require(len(content) <= MAX_JSON, f"{file}: holds more than {MAX_JSON:,} bytes: divide the data set")
         text = content.decode("utf-8-sig")
         if re.match(r"\s*\{.*\}\s*\n\s*\{", text):  # JSON Lines
-            text = f"[{','.join(line for line in text.split(chr(10)) if line.strip())}]"
+            text = "[" + ",".join(filter(str.strip, text.split("\n"))) + "]"
         return file, json.loads(text)
     except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
         raise UserError(f"{file}: cannot be read as JSON in UTF-8 ({error}): fetch it again") from None
