@@ -309,10 +309,12 @@ def augment_tokens(caption, rng, drop, mask, random, mask_id, word_ids):
     return np.delete(np.stack([ids, caption[1]]), own[fate == 0], axis=1)
 
 
-def pad(captions, pad_id):
-    """list of (2, M) -> ids (B, M) int64, valid (B, M): not padding, words (B, M) bool: the captions' own."""
+def pad(captions, pad_id, multiple=1):
+    """list of (2, M) -> ids (B, M) int64, valid (B, M): not padding, words (B, M) bool: the captions' own. M is
+    the longest caption's, rounded up to a multiple."""
     columns = [torch.from_numpy(c.T).long() for c in captions]
     ids, words = torch.nn.utils.rnn.pad_sequence(columns, batch_first=True).unbind(-1)
+    ids, words = (torch.nn.functional.pad(x, (0, -x.shape[1] % multiple)) for x in (ids, words))
     valid = torch.arange(ids.shape[1]) < torch.tensor([[c.shape[1]] for c in captions])
     return ids.masked_fill(~valid, pad_id), valid, words.bool()
 
@@ -400,10 +402,10 @@ class TrainPairs(torch.utils.data.Dataset):
             return self.transform(pixels), caption, image
 
 
-def collate(items, pad_id):
+def collate(items, pad_id, multiple=1):
     """Items of TrainPairs -> {"images" (B, 3, H, W), "ids", "valid", "words" (B, M), "image_ids" (B,)}"""
     images, captions, image_ids = zip(*items)
-    text = dict(zip(("ids", "valid", "words"), pad(captions, pad_id)))
+    text = dict(zip(("ids", "valid", "words"), pad(captions, pad_id, multiple)))
     return {"images": torch.stack(images), "image_ids": torch.tensor(image_ids), **text}
 
 

@@ -6,11 +6,18 @@ import torch
 from modules import GRM
 
 
-def gradients(model: GRM, batch: dict, loss, micro_batch: int | None, amp=contextlib.nullcontext(),
+def compiled(model: GRM):
+    """The model's forward pass through torch.compile: one graph for the images, one for captions of all
+    lengths. Evaluation, which needs neither, uses the model as it is."""
+    encode_image, encode_text = torch.compile(model.encode_image), torch.compile(model.encode_text, dynamic=True)
+    return lambda images, *text: (encode_image(images), encode_text(*text))
+
+
+def gradients(model, batch: dict, loss, micro_batch: int | None, amp=contextlib.nullcontext(),
               scale=lambda x: x):
     """Leaves the gradient of one batch in the parameters -> loss, terms, image and text features, detached.
 
-    loss: (image, text, image_ids) -> loss, terms. With micro_batch, gradient caching (Gao et al., 2021):
+    model: a GRM, or `compiled`. loss: (image, text, image_ids) -> loss, terms. With micro_batch, gradient caching (Gao et al., 2021):
     encode the batch in parts without a graph, differentiate the loss with respect to the features of all,
     then encode each part again, under the same random numbers, and carry that gradient on. The gradient is
     the same, and the encoders need the memory of one part; only batch norm takes its statistics over a part.

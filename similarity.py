@@ -1,21 +1,35 @@
 """Eq. 7, the similarity of every image with every caption: first as one would write it, then fast.
 
-The fast form takes the products in tiles and is exact up to their precision. Evaluation, and training on a
-CPU, leave padding out, and the backward pass is sparse. Training on CUDA pads captions and has a dense
-backward pass, because there few large kernels beat many small ones.
+The fast form is exact up to the precision of its products. On a CPU it takes them in tiles, without padding,
+and its backward pass is sparse. On CUDA, Triton kernels of our own take the maxima of a tile where its
+products are, so that no product is ever written to memory, and the backward pass is dense.
 
 Shapes: I images, L image tokens, T captions, M text tokens, d joint width, W weightings of the same tokens.
 """
+from __future__ import annotations      # kernels are read, but not compiled, where there is no Triton
+
+import os
+import shutil
+
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-# Captions in one matrix product, and products held at once: enough to hide the cost of launching an
-# operation, few enough that on a CPU the maxima read the products from the last-level cache.
+try:
+    import triton
+    import triton.language as tl
+    jit = triton.jit
+except ImportError:                     # as on a Mac
+    triton, jit = None, lambda function: function
+
+# Without Triton: captions in one matrix product, and products held at once: enough to hide the cost of
+# launching an operation, few enough that on a CPU the maxima read the products from the last-level cache.
 BLOCK = {"cpu": 64, "cuda": 1024}
 TILE = {"cpu": 2 ** 22, "cuda": 2 ** 26}
-PADDED = {"cuda"}       # where training pads captions
 DENSE = 16              # for at most so many image tokens (a ViT's K regions) gradients are dense products
+# Triton compiles its kernels with a C compiler, which a small container may lack.
+FUSED = {"cuda"} if triton and any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))) else set()
+LONGEST = 256           # tokens of a caption in a kernel
 
 
 def reference_similarity(image_tokens, text_tokens, text_valid, image_weight, text_weight):
@@ -36,6 +50,7 @@ def token_similarity(image_tokens, text_tokens, text_valid, image_weight=None, t
     return token_similarities(image_tokens, text_tokens, text_valid, [image_weight], [text_weight])[0]
 
 
+@torch.compiler.disable
 def token_similarities(image_tokens, text_tokens, text_valid, image_weights, text_weights):
     """Similarity of every image with every caption, under W weightings of the same tokens.
 
@@ -47,7 +62,7 @@ def token_similarities(image_tokens, text_tokens, text_valid, image_weights, tex
     valid token; a caption without any has similarity 0. Exact; of tied maxima one takes the gradient.
 
     The weightings share products and maxima, nearly all of the work. Memory beside the result: TILE products
-    (padded: at least one image's); for the backward pass these again, and two numbers a (i,l,t) and (i,t,m).
+    (on CUDA none); for the backward pass these again, and two numbers a (i,l,t) and (i,t,m).
     """
     device = image_tokens.device.type
     low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else image_tokens.dtype
@@ -61,8 +76,9 @@ def token_similarities(image_tokens, text_tokens, text_valid, image_weights, tex
         every = torch.ones_like(image_tokens[..., 0], dtype=torch.bool)
         weights = normalise(image_weights, every), normalise(text_weights, text_valid)   # (W,I,L), (W,T,M)
         keep = torch.is_grad_enabled() and any(x.requires_grad for x in (image_tokens, text_tokens, *weights))
-        if keep and device in PADDED and text_valid.numel():
-            return _PaddedSimilarities.apply(image_tokens, text_tokens, *weights, text_valid, low)
+        fits = low.itemsize <= 4 and text_valid.shape[1] <= LONGEST
+        if device in FUSED and fits and text_valid.numel() and image_tokens.numel():
+            return _FusedSimilarities.apply(image_tokens, text_tokens, *weights, text_valid, low, keep)
         image_tokens, text_tokens = image_tokens.to(low), text_tokens.to(low)
         return _PackedSimilarities.apply(image_tokens, text_tokens, *weights, text_valid, keep)
 
@@ -167,59 +183,6 @@ class _PackedSimilarities(torch.autograd.Function):
         return d_image, d_text, d_image_weights, d_text_weights, None, None
 
 
-class _PaddedSimilarities(torch.autograd.Function):
-    """In few operations: captions padded to one length, column m * T + t being token m of caption t, and a
-    dense gradient of the products in the autocast's precision `low`. Where that has 16 bits products are
-    float16, which for norms of at most 1 is finer than bfloat16, so that fewer maxima move."""
-
-    @staticmethod
-    def forward(ctx, image_tokens, text_tokens, image_weights, text_weights, valid, low):
-        (I, L, d), (T, M) = image_tokens.shape, valid.shape
-        precision = torch.float16 if low.itemsize == 2 else low
-        image, new = image_tokens.to(precision), image_weights.new_empty
-        text = text_tokens.to(precision).masked_fill(~valid[..., None], 0).transpose(0, 1).reshape(M * T, d)
-        padding = ~valid.T                                      # (M,T)
-        best_region, arg_region = new(I, M, T, dtype=precision), new(I, M, T, dtype=torch.int32)
-        best_word, arg_word = new(I, L, T, dtype=precision), new(I, L, T, dtype=torch.int32)
-        for tile in _tiles(image, M * T):
-            S = (image[tile].flatten(0, 1) @ text.T).view(-1, L, M, T)
-            best_region[tile], arg_region[tile] = S.max(1)
-            best_word[tile], arg_word[tile] = S.masked_fill_(padding, -torch.inf).max(2)
-            del S                                               # before the next is there
-        best_word.masked_fill_(~valid.any(1), 0)
-        ctx.low = low
-        ctx.save_for_backward(image, text, image_weights, text_weights, valid,
-                              best_region, arg_region, best_word, arg_word)
-        return (torch.einsum("wil,ilt->wit", image_weights, best_word.to(image_weights))
-                + torch.einsum("wtm,imt->wit", text_weights, best_region.to(image_weights)))
-
-    @staticmethod
-    @once_differentiable
-    @_without_autocast
-    def backward(ctx, grad):                                    # (W,I,T)
-        (image, text, image_weights, text_weights, valid,
-         best_region, arg_region, best_word, arg_word) = ctx.saved_tensors
-        (_, L, d), (T, M) = image.shape, valid.shape
-        image, text = image.to(ctx.low), text.to(ctx.low)
-        d_image_weights = torch.einsum("wit,ilt->wil", grad, best_word.to(grad))
-        d_text_weights = torch.einsum("wit,imt->wtm", grad, best_region.to(grad))
-        d_image, d_text = torch.empty_like(image, dtype=grad.dtype), torch.zeros_like(text, dtype=grad.dtype)
-        for tile in _tiles(image, M * T):
-            v, g = image[tile].flatten(0, 1), grad[:, tile]     # (i*L,d), (W,i,T)
-            word_value = torch.einsum("wil,wit->ilt", image_weights[:, tile], g)[:, :, None].to(v)
-            region_value = torch.einsum("wtm,wit->imt", text_weights, g)[:, None].to(v)
-            word, region = arg_word[tile, :, None].long(), arg_region[tile, None].long()
-            d_S = v.new_zeros(g.shape[1], L, M, T).scatter_(2, word, word_value)
-            # not scatter_add_: each place comes once, so no atomics are needed
-            d_S.scatter_(1, region, d_S.gather(1, region) + region_value)
-            d_S = d_S.view(len(v), M * T)
-            d_image[tile] = (d_S @ text).view(-1, L, d)
-            d_text += d_S.T @ v
-            del d_S
-        d_text = d_text.view(M, T, d).transpose(0, 1).masked_fill(~valid[..., None], 0)
-        return d_image, d_text, d_image_weights, d_text_weights, None, None
-
-
 def _tiles(image_tokens, columns):
     """Slices of images with TILE products or fewer each, the first of which is the largest."""
     I, L, _ = image_tokens.shape
@@ -277,3 +240,202 @@ def _sparse_matmul(rows, columns, values, table, num_rows):
     starts = torch.searchsorted(rows, torch.arange(num_rows + 1).to(rows), out_int32=True)
     return F.embedding_bag(columns[by_row], table, starts, mode="sum", per_sample_weights=values[by_row],
                            include_last_offset=True)
+
+
+# ---- CUDA --------------------------------------------------------------------------------------------------
+# Captions are sorted by length. A tile is some tokens of one image by G captions with room for P tokens each:
+# P = 16 for captions of up to 16 tokens, 32 for longer ones, and so on; `edges` counts those that are longer
+# than 0, 16, 32, ... Its products stay in registers. Per kernel: tokens of the image, columns (G * P), step
+# along or part of the width d, warps, stages of the pipeline.
+FORWARD, IMAGE_GRADIENT, TEXT_GRADIENT = (64, 128, 64, 8, 3), (64, 128, 128, 8, 2), (64, 128, 128, 8, 2)
+PROGRAMS = 1024         # into so many the gradient of the text is cut at least, so that the card is full
+
+
+class _FusedSimilarities(torch.autograd.Function):
+    """Products are float16 where `low` has 16 bits, which for norms of at most 1 is finer than bfloat16, so
+    that fewer maxima move; their gradients are `low`; sums are float32."""
+
+    @staticmethod
+    def forward(ctx, image_tokens, text_tokens, image_weights, text_weights, valid, low, keep):
+        (I, L, d), (T, M), W = image_tokens.shape, valid.shape, len(image_weights)
+        lengths, order = valid.sum(1, dtype=torch.int32).sort(descending=True, stable=True)
+        # Places in (T*M) of every caption's tokens, valid ones first.
+        tokens = order[:, None] * M + (~valid[order]).to(torch.uint8).argsort(dim=1, stable=True)    # (T,M)
+        precision = torch.float16 if low.itemsize == 2 else low
+        image = image_tokens.to(precision).contiguous()
+        text = text_tokens.to(precision).masked_fill(~valid[..., None], 0).flatten(0, 1)[tokens]      # (T,M,d)
+        image_weights, text_weights = image_weights.contiguous(), text_weights.flatten(1)[:, tokens]
+        ctx.sizes = [16 << n for n in range(max(M - 1, 15).bit_length() - 3)]
+        edges = torch.stack([(lengths > size).sum(dtype=torch.int32) for size in (0, *ctx.sizes)])
+        result = image_weights.new_zeros(W, I, T)
+        best = [image.new_zeros(I, L, T), valid.new_empty((I, L, T), dtype=torch.uint8),
+                image.new_zeros(I, T, M), valid.new_empty((I, T, M), dtype=torch.int16)] if keep else [result] * 4
+        ctx.shared = {"W": W, "WP": triton.next_power_of_2(W), "D": d, "PRECISION": "tf32x3"}
+        rows, columns, step, warps, stages = FORWARD
+        for n, P in enumerate(ctx.sizes):
+            G = max(1, columns // P)
+            _forward_kernel[triton.cdiv(T, G), I](
+                image, text, lengths, order, edges[n:], image_weights, text_weights, result, *best, I, L, T, M,
+                **ctx.shared, G=G, P=P, ROWS=_rows(L, rows), STEP=2 * step // image.itemsize, KEEP=keep,
+                num_warps=warps, num_stages=stages)
+        if keep:
+            ctx.low = low
+            ctx.save_for_backward(image, text, image_weights, text_weights, order, tokens, edges, *best)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    @_without_autocast
+    def backward(ctx, grad):                                    # (W,I,T)
+        (image, text, image_weights, text_weights, order, tokens, edges,
+         best_word, arg_word, best_region, arg_region) = ctx.saved_tensors
+        (I, L, d), (T, M) = image.shape, tokens.shape
+        grad = grad[:, :, order]
+        d_image_weights = torch.einsum("wit,ilt->wil", grad, best_word.to(grad))
+        d_text_weights = torch.einsum("wit,itm->wtm", grad, best_region.to(grad))
+        known, sizes = (image_weights, text_weights, grad, arg_word, arg_region), (I, L, T, M)
+        shared = ctx.shared | {"LOW": getattr(tl, str(ctx.low).removeprefix("torch."))}
+        rows, columns, width, warps, stages = IMAGE_GRADIENT
+        rows, width = _rows(L, rows), min(2 * width // ctx.low.itemsize, triton.next_power_of_2(d))
+        d_image = torch.empty_like(image, dtype=grad.dtype)
+        _image_gradient_kernel[triton.cdiv(L, rows), triton.cdiv(d, width), I](
+            text, edges, *known, d_image, *sizes, **shared, CLASSES=len(ctx.sizes), COLUMNS=columns, ROWS=rows,
+            WIDTH=width, num_warps=warps, num_stages=stages)
+        rows, columns, width, warps, stages = TEXT_GRADIENT
+        rows, width = _rows(L, rows), min(2 * width // ctx.low.itemsize, triton.next_power_of_2(d))
+        parts = triton.cdiv(PROGRAMS, triton.cdiv(16 * T, columns) * triton.cdiv(d, width))
+        each = triton.cdiv(I, min(I, parts))                    # images of a program
+        d_parts = grad.new_zeros(triton.cdiv(I, each), T, M, d)
+        for n, P in enumerate(ctx.sizes):
+            G = max(1, columns // P)
+            _text_gradient_kernel[triton.cdiv(T, G), triton.cdiv(d, width), len(d_parts)](
+                image, edges[n:], *known, d_parts, *sizes, each, **shared, G=G, P=P, ROWS=rows, WIDTH=width,
+                num_warps=warps, num_stages=stages)
+        unsort = tokens.flatten().argsort()
+        d_text = d_parts.sum(0).flatten(0, 1)[unsort].view(T, M, d)
+        return d_image, d_text, d_image_weights, d_text_weights.flatten(1)[:, unsort].view(-1, T, M), *[None] * 3
+
+
+def _rows(L, most):
+    return min(most, max(16, triton.next_power_of_2(L)))
+
+
+@jit
+def _captions(first, end, M, G: tl.constexpr, P: tl.constexpr):
+    """Captions of a tile (G), which of them exist, places of their tokens (G,P), which of these exist."""
+    caption, token = first + tl.arange(0, G), tl.arange(0, P)
+    here = caption < end
+    return caption, here, caption.to(tl.int64)[:, None] * M + token[None, :], here[:, None] & (token < M)[None, :]
+
+
+@jit
+def _forward_kernel(image, text, lengths, order, edges, image_weights, text_weights, out, best_word, arg_word,
+                    best_region, arg_region, I, L, T, M, W: tl.constexpr, WP: tl.constexpr, D: tl.constexpr,
+                    PRECISION: tl.constexpr, G: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr,
+                    STEP: tl.constexpr, KEEP: tl.constexpr):
+    first, end = tl.load(edges + 1) + tl.program_id(0) * G, tl.load(edges)
+    if first >= end:
+        return
+    i, n = tl.program_id(1).to(tl.int64), tl.arange(0, WP)[:, None]
+    caption, here, place, _ = _captions(first, end, M, G, P)
+    inside = tl.arange(0, P)[None, :] < tl.load(lengths + caption, here, 0)[:, None]                  # (G,P)
+    column, used = tl.reshape(place, [G * P]), tl.reshape(inside, [G * P])
+    region, arg = tl.full([G * P], float("-inf"), tl.float32), tl.zeros([G * P], tl.int32)
+    total = tl.zeros([WP, G], tl.float32)
+    for start in range(0, L, ROWS):
+        row = start + tl.arange(0, ROWS)
+        exists, S = row < L, tl.zeros([ROWS, G * P], tl.float32)
+        for step in range(0, D, STEP):
+            depth = step + tl.arange(0, STEP)
+            v = tl.load(image + ((i * L + row) * D)[:, None] + depth[None, :],
+                        exists[:, None] & (depth < D)[None, :], 0.0)
+            t = tl.load(text + (column * D)[None, :] + depth[:, None], used[None, :] & (depth < D)[:, None], 0.0)
+            S = tl.dot(v, t, S, input_precision=PRECISION)
+        best, where = tl.max(tl.where(exists[:, None], S, float("-inf")), 0, return_indices=True)
+        region, arg = tl.maximum(best, region), tl.where(best > region, start + where, arg)
+        words = tl.reshape(tl.where(used[None, :], S, float("-inf")), [ROWS, G, P])
+        word, where = tl.max(words, 2, return_indices=True)                                           # (ROWS,G)
+        word = tl.where(here[None, :], word, 0.0)
+        weight = tl.load(image_weights + (n * I + i) * L + row[None, :], (n < W) & exists[None, :], 0.0)
+        total += tl.sum(weight[:, :, None] * word[None], 1)
+        if KEEP:
+            target, known = ((i * L + row) * T)[:, None] + caption[None, :], exists[:, None] & here[None, :]
+            tl.store(best_word + target, word, known)
+            tl.store(arg_word + target, where, known)
+    region = tl.where(inside, tl.reshape(region, [G, P]), 0.0)
+    weight = tl.load(text_weights + n[:, :, None] * T * M + place[None], (n < W)[:, :, None] & inside[None], 0.0)
+    total += tl.sum(weight * region[None], 2)
+    tl.store(out + (n * I + i) * T + tl.load(order + caption, here, 0)[None, :], total, (n < W) & here[None, :])
+    if KEEP:
+        tl.store(best_region + i * T * M + place, region, inside)
+        tl.store(arg_region + i * T * M + place, tl.reshape(arg, [G, P]), inside)
+
+
+@jit
+def _gradient_of_products(image_weights, text_weights, grad, arg_word, arg_region, i, row, caption, here, place,
+                          inside, I, L, T, M, W: tl.constexpr, WP: tl.constexpr, P: tl.constexpr):
+    """(ROWS,G*P): what falls to a product as the best of its row in its caption, and of its column."""
+    n, exists = tl.arange(0, WP)[:, None], row < L
+    g = tl.load(grad + (n * I + i) * T + caption[None, :], (n < W) & here[None, :], 0.0)              # (W,G)
+    a = tl.load(image_weights + (n * I + i) * L + row[None, :], (n < W) & exists[None, :], 0.0)       # (W,ROWS)
+    w = tl.load(text_weights + n[:, :, None] * T * M + place[None], (n < W)[:, :, None] & inside[None], 0.0)
+    word = tl.load(arg_word + ((i * L + row) * T)[:, None] + caption[None, :],
+                   exists[:, None] & here[None, :], 0).to(tl.int32)                                   # (ROWS,G)
+    region = tl.load(arg_region + i * T * M + place, inside, 0).to(tl.int32)                          # (G,P)
+    is_word = word[:, :, None] == tl.arange(0, P)[None, None, :]
+    S = tl.where(is_word, tl.sum(a[:, :, None] * g[:, None, :], 0)[:, :, None], 0.0)
+    S += tl.where(region[None] == row[:, None, None], tl.sum(w * g[:, :, None], 0)[None], 0.0)
+    return tl.reshape(S, [row.shape[0], place.shape[0] * P])
+
+
+@jit
+def _image_gradient_kernel(text, edges, image_weights, text_weights, grad, arg_word, arg_region, out, I, L, T, M,
+                           W: tl.constexpr, WP: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
+                           LOW: tl.constexpr, CLASSES: tl.constexpr, COLUMNS: tl.constexpr,
+                           ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    row, depth = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    i, total = tl.program_id(2).to(tl.int64), tl.zeros([ROWS, WIDTH], tl.float32)
+    for n in tl.static_range(CLASSES):
+        total = _add_captions(total, text, edges + n, image_weights, text_weights, grad, arg_word, arg_region, i,
+                              row, depth, I, L, T, M, W, WP, D, PRECISION, LOW, 16 << n, COLUMNS)
+    tl.store(out + ((i * L + row) * D)[:, None] + depth[None, :], total, (row < L)[:, None] & (depth < D)[None, :])
+
+
+@jit
+def _add_captions(total, text, edges, image_weights, text_weights, grad, arg_word, arg_region, i, row, depth, I, L,
+                  T, M, W: tl.constexpr, WP: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
+                  LOW: tl.constexpr, P: tl.constexpr, COLUMNS: tl.constexpr):
+    G: tl.constexpr = COLUMNS // P if COLUMNS > P else 1
+    end = tl.load(edges)
+    for first in range(tl.load(edges + 1), end, G):
+        caption, here, place, inside = _captions(first, end, M, G, P)
+        S = _gradient_of_products(image_weights, text_weights, grad, arg_word, arg_region, i, row, caption, here,
+                                  place, inside, I, L, T, M, W, WP, P)
+        column, used = tl.reshape(place, [G * P]), tl.reshape(inside, [G * P])
+        t = tl.load(text + (column * D)[:, None] + depth[None, :], used[:, None] & (depth < D)[None, :], 0.0)
+        total = tl.dot(S.to(LOW), t.to(LOW), total, input_precision=PRECISION)
+    return total
+
+
+@jit
+def _text_gradient_kernel(image, edges, image_weights, text_weights, grad, arg_word, arg_region, out, I, L, T, M,
+                          each, W: tl.constexpr, WP: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
+                          LOW: tl.constexpr, G: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr,
+                          WIDTH: tl.constexpr):
+    first, end = tl.load(edges + 1) + tl.program_id(0) * G, tl.load(edges)
+    if first >= end:
+        return
+    depth, part = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH), tl.program_id(2).to(tl.int64)
+    caption, here, place, inside = _captions(first, end, M, G, P)
+    column, used = tl.reshape(place, [G * P]), tl.reshape(inside, [G * P])
+    total = tl.zeros([G * P, WIDTH], tl.float32)
+    for i in range(part * each, tl.minimum(part * each + each, I)):
+        for start in range(0, L, ROWS):
+            row = start + tl.arange(0, ROWS)
+            S = _gradient_of_products(image_weights, text_weights, grad, arg_word, arg_region, i, row, caption,
+                                      here, place, inside, I, L, T, M, W, WP, P)
+            v = tl.load(image + ((i * L + row) * D)[:, None] + depth[None, :],
+                        (row < L)[:, None] & (depth < D)[None, :], 0.0)
+            total = tl.dot(tl.trans(S).to(LOW), v.to(LOW), total, input_precision=PRECISION)
+    tl.store(out + part * T * M * D + (column * D)[:, None] + depth[None, :], total,
+             used[:, None] & (depth < D)[None, :])

@@ -11,8 +11,10 @@ from conftest import ROOT, TINY, run_train, signal_at
 from test_similarity import both, literal, sample
 from test_train import INPUTS, built, distance, gradients_with_and_without_caching
 
+import gradients
 import runs
 import train_grm
+from gradients import compiled
 from similarity import token_similarities
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU, or without GRM_TEST_GPU=0")
@@ -57,6 +59,24 @@ def test_gradient_caching_gives_the_uncached_gradient_with_all_noise_replayed(re
     model, batch, loss = built(recipe, 12, device=CUDA)
     expected, got = gradients_with_and_without_caching(model, batch, loss, 5, autocast(dtype))
     assert expected.keys() == got.keys() and distance(got.values(), expected.values()) <= limit
+
+
+def test_compiled_towers_give_the_gradient_of_the_model(recipe):
+    """Without noise for the whole batch; with noise, each compiled pass draws what its first pass drew."""
+    model, batch, loss = built(recipe, 12, "text.options={hidden_size: 64, num_attention_heads: 2, "
+                               "intermediate_size: 64, num_hidden_layers: 1, hidden_dropout_prob: 0.1}", device=CUDA)
+    encode = compiled(model)
+    assert distance(*(found.values() for found in gradients_with_and_without_caching(
+        model, batch, loss, 6, autocast(torch.float32), encode)[::-1])) <= 1e-5
+    model.eval()
+    for cut in (0, 1, 3):
+        shorter = {key: x[:, :x.shape[1] - cut] if key in INPUTS[1:] else x for key, x in batch.items()}
+        found = []
+        for way in (model, encode):
+            model.zero_grad()
+            gradients.gradients(way, shorter, loss, None)
+            found.append([p.grad for p in model.parameters() if p.grad is not None])
+        assert distance(found[1], found[0]) <= 1e-5
 
 
 @pytest.mark.parametrize("dtype, limit", list(zip(PRECISIONS, [1e-4, 2e-2])))
