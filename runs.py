@@ -28,7 +28,7 @@ AT_LEAST = {"train.epochs": 1, "train.max_steps": 1, "train.batch_size": 1, "tra
             "train.log_every": 1, "train.val_every": 1, "train.max_bad_steps": 1, "image.size": 1,
             "text.max_length": 3, "model.dim": 1, "model.num_prompts": 1, "data.workers": 0, "train.seed": 0,
             "train.warmup": 0.0, "train.weight_decay": 0.0, "train.save_minutes": 0.0,
-            "train.encoder_lr": 0.0, "loss.ramp": 0.0}
+            "train.encoder_lr": 0.0, "train.adapter_lr": 0.0, "loss.ramp": 0.0}
 ABOVE_0 = ("model.tau", "model.prompt_scale", "loss.temperature", "train.lr", "train.clip")
 BETWEEN_0_AND_1 = ("model.image_keep", "model.text_keep")
 SIGHUP = getattr(signal, "SIGHUP", None)                           # Windows has none

@@ -360,10 +360,13 @@ def learning_rate(step: int, total: int, warmup: float, milestones=()) -> float:
 
 
 def parameter_groups(model: modules.GRM, train: dict, pretrained: dict[str, bool]) -> list[dict]:
-    """New layers at lr, pretrained encoders at a fraction of it; no weight decay on biases and norms."""
+    """New layers at lr, adapters and pretrained encoders at fractions of it; no weight decay on biases and
+    norms."""
     groups = {}
     for name, parameter in model.named_parameters():
-        rate = train["lr"] * (train["encoder_lr"] if pretrained.get(name.split(".")[0]) else 1.0)
+        part = name.split(".")[0]
+        fraction = train["encoder_lr"] if pretrained.get(part) else 1.0
+        rate = train["lr"] * (train["adapter_lr"] if "adapter" in part else fraction)
         decay = train["weight_decay"] if parameter.ndim > 1 else 0.0
         groups.setdefault((rate, decay), []).append(parameter)
     return [{"params": found, "lr": rate, "peak": rate, "weight_decay": decay}
