@@ -158,7 +158,7 @@ class Matcher:
         rows = []
         for start in range(0, len(images.mask), 128):
             some = ImageFeatures(*(x[start:start + 128].to(self.device) for x in images[:4]))
-            rows.append(self.model.similarity(some, texts)[level].float().cpu())
+            rows.append(self._similarity(some, texts)[level].float().cpu())
         return torch.cat(rows)
 
     # Whole splits: images are scored as they are encoded, so that only the captions' tokens and the result
@@ -207,7 +207,7 @@ class Matcher:
             for pixels in loader:
                 image = self._encode_images(pixels)
                 for columns, text in texts:
-                    scores = self.model.similarity(image, text)
+                    scores = self._similarity(image, text)
                     block = torch.stack([scores[level] for level in self.levels]).float().cpu()
                     matrices[:, done:done + len(pixels), columns] = block
                     bar.update(block[0].numel())
@@ -220,6 +220,10 @@ class Matcher:
         with runs.amp_context(self.config, self.device):
             image = self.model.encode_image(pixels.to(self.device, non_blocking=True))
         return ImageFeatures(*(x.float() for x in image))
+
+    def _similarity(self, image: ImageFeatures, text: TextFeatures) -> dict[str, Tensor]:
+        with runs.amp_context(self.config, self.device):
+            return self.model.similarity(image, text)
 
     def _open(self, image) -> Image.Image:
         if isinstance(image, Image.Image):

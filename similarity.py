@@ -29,7 +29,7 @@ TILE = {"cpu": 2 ** 22, "cuda": 2 ** 26}
 DENSE = 16              # for at most so many image tokens (a ViT's K regions) gradients are dense products
 # Triton compiles its kernels with a C compiler, which a small container may lack.
 FUSED = {"cuda"} if triton and any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))) else set()
-LONGEST = 256           # tokens of a caption in a kernel
+LONGEST = 255           # tokens of a caption in a kernel
 
 
 def reference_similarity(image_tokens, text_tokens, text_valid, image_weight, text_weight):
@@ -243,12 +243,10 @@ def _sparse_matmul(rows, columns, values, table, num_rows):
 
 
 # ---- CUDA --------------------------------------------------------------------------------------------------
-# Captions are sorted by length. A tile is some tokens of one image by G captions with room for P tokens each:
-# P = 16 for captions of up to 16 tokens, 32 for longer ones, and so on; `edges` counts those that are longer
-# than 0, 16, 32, ... Its products stay in registers. Per kernel: tokens of the image, columns (G * P), step
-# along or part of the width d, warps, stages of the pipeline.
-FORWARD, IMAGE_GRADIENT, TEXT_GRADIENT = (64, 128, 64, 8, 3), (64, 128, 128, 8, 2), (64, 128, 128, 8, 2)
-PROGRAMS = 1024         # into so many the gradient of the text is cut at least, so that the card is full
+# Captions are sorted by length. A tile of the forward pass is ROWS tokens of one image by G captions with room
+# for P tokens each: P = 16 for captions of up to 16 tokens, 32 for longer ones, and so on; `edges` counts the
+# captions that are longer than 0, 16, 32, ... tokens.
+ROWS, COLUMNS, DEPTH = 64, 128, 128                             # columns: G * P; bytes along d at a time
 
 
 class _FusedSimilarities(torch.autograd.Function):
@@ -265,80 +263,62 @@ class _FusedSimilarities(torch.autograd.Function):
         image = image_tokens.to(precision).contiguous()
         text = text_tokens.to(precision).masked_fill(~valid[..., None], 0).flatten(0, 1)[tokens]      # (T,M,d)
         image_weights, text_weights = image_weights.contiguous(), text_weights.flatten(1)[:, tokens]
-        ctx.sizes = [16 << n for n in range(max(M - 1, 15).bit_length() - 3)]
-        edges = torch.stack([(lengths > size).sum(dtype=torch.int32) for size in (0, *ctx.sizes)])
+        sizes = [16 << n for n in range(max(M - 1, 15).bit_length() - 3)]
+        edges = torch.stack([(lengths > size).sum(dtype=torch.int32) for size in (0, *sizes)])
         result = image_weights.new_zeros(W, I, T)
-        best = [image.new_zeros(I, L, T), valid.new_empty((I, L, T), dtype=torch.uint8),
-                image.new_zeros(I, T, M), valid.new_empty((I, T, M), dtype=torch.int16)] if keep else [result] * 4
-        ctx.shared = {"W": W, "WP": triton.next_power_of_2(W), "D": d, "PRECISION": "tf32x3"}
-        rows, columns, step, warps, stages = FORWARD
-        for n, P in enumerate(ctx.sizes):
-            G = max(1, columns // P)
-            _forward_kernel[triton.cdiv(T, G), I](
+        best = [result] * 4
+        if keep:
+            best = [image.new_zeros(I, L, T), valid.new_full((I, L, T), 255, dtype=torch.uint8),     # 255: none
+                    image.new_zeros(I, T, M), valid.new_empty((I, T, M), dtype=torch.int16)]
+        for n, P in enumerate(sizes):
+            G = max(1, COLUMNS // P)
+            _maxima_kernel[triton.cdiv(T, G), I](
                 image, text, lengths, order, edges[n:], image_weights, text_weights, result, *best, I, L, T, M,
-                **ctx.shared, G=G, P=P, ROWS=_rows(L, rows), STEP=2 * step // image.itemsize, KEEP=keep,
-                num_warps=warps, num_stages=stages)
+                D=d, W=W, WP=triton.next_power_of_2(W), G=G, P=P, KEEP=keep,
+                ROWS=min(ROWS, max(16, triton.next_power_of_2(L))), STEP=DEPTH // image.itemsize)
         if keep:
             ctx.low = low
-            ctx.save_for_backward(image, text, image_weights, text_weights, order, tokens, edges, *best)
+            ctx.save_for_backward(image, text, image_weights, text_weights, order, tokens, *best)
         return result
 
     @staticmethod
     @once_differentiable
     @_without_autocast
     def backward(ctx, grad):                                    # (W,I,T)
-        (image, text, image_weights, text_weights, order, tokens, edges,
+        (image, text, image_weights, text_weights, order, tokens,
          best_word, arg_word, best_region, arg_region) = ctx.saved_tensors
         (I, L, d), (T, M) = image.shape, tokens.shape
-        grad = grad[:, :, order]
+        grad, text = grad[:, :, order], text.flatten(0, 1).to(ctx.low)
         d_image_weights = torch.einsum("wit,ilt->wil", grad, best_word.to(grad))
         d_text_weights = torch.einsum("wit,itm->wtm", grad, best_region.to(grad))
-        known, sizes = (image_weights, text_weights, grad, arg_word, arg_region), (I, L, T, M)
-        shared = ctx.shared | {"LOW": getattr(tl, str(ctx.low).removeprefix("torch."))}
-        rows, columns, width, warps, stages = IMAGE_GRADIENT
-        rows, width = _rows(L, rows), min(2 * width // ctx.low.itemsize, triton.next_power_of_2(d))
-        d_image = torch.empty_like(image, dtype=grad.dtype)
-        _image_gradient_kernel[triton.cdiv(L, rows), triton.cdiv(d, width), I](
-            text, edges, *known, d_image, *sizes, **shared, CLASSES=len(ctx.sizes), COLUMNS=columns, ROWS=rows,
-            WIDTH=width, num_warps=warps, num_stages=stages)
-        rows, columns, width, warps, stages = TEXT_GRADIENT
-        rows, width = _rows(L, rows), min(2 * width // ctx.low.itemsize, triton.next_power_of_2(d))
-        parts = triton.cdiv(PROGRAMS, triton.cdiv(16 * T, columns) * triton.cdiv(d, width))
-        each = triton.cdiv(I, min(I, parts))                    # images of a program
-        d_parts = grad.new_zeros(triton.cdiv(I, each), T, M, d)
-        for n, P in enumerate(ctx.sizes):
-            G = max(1, columns // P)
-            _text_gradient_kernel[triton.cdiv(T, G), triton.cdiv(d, width), len(d_parts)](
-                image, edges[n:], *known, d_parts, *sizes, each, **shared, G=G, P=P, ROWS=rows, WIDTH=width,
-                num_warps=warps, num_stages=stages)
-        unsort = tokens.flatten().argsort()
-        d_text = d_parts.sum(0).flatten(0, 1)[unsort].view(T, M, d)
-        return d_image, d_text, d_image_weights, d_text_weights.flatten(1)[:, unsort].view(-1, T, M), *[None] * 3
-
-
-def _rows(L, most):
-    return min(most, max(16, triton.next_power_of_2(L)))
+        d_image, d_text = torch.empty_like(image, dtype=grad.dtype), torch.zeros_like(text, dtype=grad.dtype)
+        for tile in _tiles(image, T * M):
+            v = image[tile].to(ctx.low)
+            d_S = v.new_empty(len(v) * L, T * M)
+            _gradient_kernel[triton.cdiv(L, 16), triton.cdiv(T * M, 256), len(v)](
+                image_weights, text_weights, grad, arg_word, arg_region, d_S, tile.start, I, L, T, M,
+                W=grad.shape[0], ROWS=16, COLUMNS=256)
+            d_image[tile] = (d_S @ text).view_as(v)
+            d_text += d_S.T @ v.flatten(0, 1)
+            del d_S                                             # before the next is there
+        back = tokens.flatten().argsort()
+        return (d_image, d_text[back].view(T, M, d), d_image_weights,
+                d_text_weights.flatten(1)[:, back].view_as(d_text_weights), None, None, None)
 
 
 @jit
-def _captions(first, end, M, G: tl.constexpr, P: tl.constexpr):
-    """Captions of a tile (G), which of them exist, places of their tokens (G,P), which of these exist."""
-    caption, token = first + tl.arange(0, G), tl.arange(0, P)
-    here = caption < end
-    return caption, here, caption.to(tl.int64)[:, None] * M + token[None, :], here[:, None] & (token < M)[None, :]
-
-
-@jit
-def _forward_kernel(image, text, lengths, order, edges, image_weights, text_weights, out, best_word, arg_word,
-                    best_region, arg_region, I, L, T, M, W: tl.constexpr, WP: tl.constexpr, D: tl.constexpr,
-                    PRECISION: tl.constexpr, G: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr,
-                    STEP: tl.constexpr, KEEP: tl.constexpr):
+def _maxima_kernel(image, text, lengths, order, edges, image_weights, text_weights, out, best_word, arg_word,
+                   best_region, arg_region, I, L, T, M, D: tl.constexpr, W: tl.constexpr, WP: tl.constexpr,
+                   G: tl.constexpr, P: tl.constexpr, KEEP: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr):
+    """One image and G captions: their products, a few rows at a time, the maxima, and their weighted sums."""
     first, end = tl.load(edges + 1) + tl.program_id(0) * G, tl.load(edges)
-    if first >= end:
+    if first >= end:                                            # captions of another P
         return
     i, n = tl.program_id(1).to(tl.int64), tl.arange(0, WP)[:, None]
-    caption, here, place, _ = _captions(first, end, M, G, P)
-    inside = tl.arange(0, P)[None, :] < tl.load(lengths + caption, here, 0)[:, None]                  # (G,P)
+    caption, token = first + tl.arange(0, G), tl.arange(0, P)
+    here = caption < end
+    inside = token[None, :] < tl.load(lengths + caption, here, 0)[:, None]                           # (G,P)
+    place = caption.to(tl.int64)[:, None] * M + token[None, :]
     column, used = tl.reshape(place, [G * P]), tl.reshape(inside, [G * P])
     region, arg = tl.full([G * P], float("-inf"), tl.float32), tl.zeros([G * P], tl.int32)
     total = tl.zeros([WP, G], tl.float32)
@@ -350,11 +330,11 @@ def _forward_kernel(image, text, lengths, order, edges, image_weights, text_weig
             v = tl.load(image + ((i * L + row) * D)[:, None] + depth[None, :],
                         exists[:, None] & (depth < D)[None, :], 0.0)
             t = tl.load(text + (column * D)[None, :] + depth[:, None], used[None, :] & (depth < D)[:, None], 0.0)
-            S = tl.dot(v, t, S, input_precision=PRECISION)
+            S = tl.dot(v, t, S, input_precision="tf32x3")
         best, where = tl.max(tl.where(exists[:, None], S, float("-inf")), 0, return_indices=True)
         region, arg = tl.maximum(best, region), tl.where(best > region, start + where, arg)
         words = tl.reshape(tl.where(used[None, :], S, float("-inf")), [ROWS, G, P])
-        word, where = tl.max(words, 2, return_indices=True)                                           # (ROWS,G)
+        word, where = tl.max(words, 2, return_indices=True)                                          # (ROWS,G)
         word = tl.where(here[None, :], word, 0.0)
         weight = tl.load(image_weights + (n * I + i) * L + row[None, :], (n < W) & exists[None, :], 0.0)
         total += tl.sum(weight[:, :, None] * word[None], 1)
@@ -363,7 +343,8 @@ def _forward_kernel(image, text, lengths, order, edges, image_weights, text_weig
             tl.store(best_word + target, word, known)
             tl.store(arg_word + target, where, known)
     region = tl.where(inside, tl.reshape(region, [G, P]), 0.0)
-    weight = tl.load(text_weights + n[:, :, None] * T * M + place[None], (n < W)[:, :, None] & inside[None], 0.0)
+    weight = tl.load(text_weights + n[:, :, None] * T * M + place[None],
+                     (n < W)[:, :, None] & inside[None], 0.0)
     total += tl.sum(weight * region[None], 2)
     tl.store(out + (n * I + i) * T + tl.load(order + caption, here, 0)[None, :], total, (n < W) & here[None, :])
     if KEEP:
@@ -372,70 +353,20 @@ def _forward_kernel(image, text, lengths, order, edges, image_weights, text_weig
 
 
 @jit
-def _gradient_of_products(image_weights, text_weights, grad, arg_word, arg_region, i, row, caption, here, place,
-                          inside, I, L, T, M, W: tl.constexpr, WP: tl.constexpr, P: tl.constexpr):
-    """(ROWS,G*P): what falls to a product as the best of its row in its caption, and of its column."""
-    n, exists = tl.arange(0, WP)[:, None], row < L
-    g = tl.load(grad + (n * I + i) * T + caption[None, :], (n < W) & here[None, :], 0.0)              # (W,G)
-    a = tl.load(image_weights + (n * I + i) * L + row[None, :], (n < W) & exists[None, :], 0.0)       # (W,ROWS)
-    w = tl.load(text_weights + n[:, :, None] * T * M + place[None], (n < W)[:, :, None] & inside[None], 0.0)
-    word = tl.load(arg_word + ((i * L + row) * T)[:, None] + caption[None, :],
-                   exists[:, None] & here[None, :], 0).to(tl.int32)                                   # (ROWS,G)
-    region = tl.load(arg_region + i * T * M + place, inside, 0).to(tl.int32)                          # (G,P)
-    is_word = word[:, :, None] == tl.arange(0, P)[None, None, :]
-    S = tl.where(is_word, tl.sum(a[:, :, None] * g[:, None, :], 0)[:, :, None], 0.0)
-    S += tl.where(region[None] == row[:, None, None], tl.sum(w * g[:, :, None], 0)[None], 0.0)
-    return tl.reshape(S, [row.shape[0], place.shape[0] * P])
-
-
-@jit
-def _image_gradient_kernel(text, edges, image_weights, text_weights, grad, arg_word, arg_region, out, I, L, T, M,
-                           W: tl.constexpr, WP: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
-                           LOW: tl.constexpr, CLASSES: tl.constexpr, COLUMNS: tl.constexpr,
-                           ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    row, depth = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    i, total = tl.program_id(2).to(tl.int64), tl.zeros([ROWS, WIDTH], tl.float32)
-    for n in tl.static_range(CLASSES):
-        total = _add_captions(total, text, edges + n, image_weights, text_weights, grad, arg_word, arg_region, i,
-                              row, depth, I, L, T, M, W, WP, D, PRECISION, LOW, 16 << n, COLUMNS)
-    tl.store(out + ((i * L + row) * D)[:, None] + depth[None, :], total, (row < L)[:, None] & (depth < D)[None, :])
-
-
-@jit
-def _add_captions(total, text, edges, image_weights, text_weights, grad, arg_word, arg_region, i, row, depth, I, L,
-                  T, M, W: tl.constexpr, WP: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
-                  LOW: tl.constexpr, P: tl.constexpr, COLUMNS: tl.constexpr):
-    G: tl.constexpr = COLUMNS // P if COLUMNS > P else 1
-    end = tl.load(edges)
-    for first in range(tl.load(edges + 1), end, G):
-        caption, here, place, inside = _captions(first, end, M, G, P)
-        S = _gradient_of_products(image_weights, text_weights, grad, arg_word, arg_region, i, row, caption, here,
-                                  place, inside, I, L, T, M, W, WP, P)
-        column, used = tl.reshape(place, [G * P]), tl.reshape(inside, [G * P])
-        t = tl.load(text + (column * D)[:, None] + depth[None, :], used[:, None] & (depth < D)[None, :], 0.0)
-        total = tl.dot(S.to(LOW), t.to(LOW), total, input_precision=PRECISION)
-    return total
-
-
-@jit
-def _text_gradient_kernel(image, edges, image_weights, text_weights, grad, arg_word, arg_region, out, I, L, T, M,
-                          each, W: tl.constexpr, WP: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
-                          LOW: tl.constexpr, G: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr,
-                          WIDTH: tl.constexpr):
-    first, end = tl.load(edges + 1) + tl.program_id(0) * G, tl.load(edges)
-    if first >= end:
-        return
-    depth, part = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH), tl.program_id(2).to(tl.int64)
-    caption, here, place, inside = _captions(first, end, M, G, P)
-    column, used = tl.reshape(place, [G * P]), tl.reshape(inside, [G * P])
-    total = tl.zeros([G * P, WIDTH], tl.float32)
-    for i in range(part * each, tl.minimum(part * each + each, I)):
-        for start in range(0, L, ROWS):
-            row = start + tl.arange(0, ROWS)
-            S = _gradient_of_products(image_weights, text_weights, grad, arg_word, arg_region, i, row, caption,
-                                      here, place, inside, I, L, T, M, W, WP, P)
-            v = tl.load(image + ((i * L + row) * D)[:, None] + depth[None, :],
-                        (row < L)[:, None] & (depth < D)[None, :], 0.0)
-            total = tl.dot(tl.trans(S).to(LOW), v.to(LOW), total, input_precision=PRECISION)
-    tl.store(out + part * T * M * D + (column * D)[:, None] + depth[None, :], total,
-             used[:, None] & (depth < D)[None, :])
+def _gradient_kernel(image_weights, text_weights, grad, arg_word, arg_region, out, start, I, L, T, M,
+                     W: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """(L,T*M) of one image: what falls to a product as the best of its row in its caption, and of its column."""
+    row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    i, caption = start + tl.program_id(2).to(tl.int64), column // M
+    exists, used = row < L, column < T * M
+    of_word, of_region = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([COLUMNS], tl.float32)
+    for n in tl.static_range(W):
+        g = tl.load(grad + (n * I + i) * T + caption, used, 0.0)
+        of_word += tl.load(image_weights + (n * I + i) * L + row, exists, 0.0)[:, None] * g[None, :]
+        of_region += tl.load(text_weights + n * T * M + column, used, 0.0) * g
+    both = exists[:, None] & used[None, :]
+    word = tl.load(arg_word + ((i * L + row) * T)[:, None] + caption[None, :], both, 0).to(tl.int32)
+    region = tl.load(arg_region + i * T * M + column, used, 0).to(tl.int32)
+    S = tl.where(word == (column % M)[None, :], of_word, 0.0)
+    S += tl.where(region[None, :] == row[:, None], of_region[None, :], 0.0)
+    tl.store(out + ((tl.program_id(2).to(tl.int64) * L + row) * T * M)[:, None] + column[None, :], S, both)
