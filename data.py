@@ -310,8 +310,8 @@ def augment_tokens(caption, rng, drop, mask, random, mask_id, word_ids):
 
 
 def pad(captions, pad_id, multiple=1):
-    """list of (2, M) -> ids (B, M) int64, valid (B, M): not padding, words (B, M) bool: the captions' own. M is
-    the longest caption's, rounded up to a multiple."""
+    """list of (2, M) -> ids (B, M) int64, valid (B, M): not padding, words (B, M) bool: its own. The
+    longest decides M, rounded up to a multiple."""
     columns = [torch.from_numpy(c.T).long() for c in captions]
     ids, words = torch.nn.utils.rnn.pad_sequence(columns, batch_first=True).unbind(-1)
     ids, words = (torch.nn.functional.pad(x, (0, -x.shape[1] % multiple)) for x in (ids, words))

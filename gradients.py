@@ -6,18 +6,30 @@ import torch
 from modules import GRM
 
 
-def compiled(model: GRM):
-    """The model's forward pass through torch.compile: one graph for the images, one for captions of all
-    lengths. Evaluation, which needs neither, uses the model as it is."""
-    encode_image, encode_text = torch.compile(model.encode_image), torch.compile(model.encode_text, dynamic=True)
-    return lambda images, *text: (encode_image(images), encode_text(*text))
+def compile_encoders(model: GRM, **options):
+    """Passes the layers that the encoders repeat through torch.compile, which then compiles one of each kind:
+    of the whole it would take minutes. Images have one size, captions many."""
+    torch._dynamo.config.recompile_limit = 64                      # Swin has many kinds of layers
+    _compile_layers(model.image_encoder, dynamic=False, **options)
+    _compile_layers(model.text_encoder, **options)
 
 
-def gradients(model, batch: dict, loss, micro_batch: int | None, amp=contextlib.nullcontext(),
+def _compile_layers(module: torch.nn.Module, **options) -> bool:
+    """The innermost layers that are repeated -> whether there are any."""
+    found = [_compile_layers(child, **options) for child in module.children()]
+    repeated = isinstance(module, (torch.nn.ModuleList, torch.nn.Sequential)) and len(found) > 1
+    if any(found) or not repeated or len({type(child) for child in module.children()}) > 1:
+        return any(found)
+    for layer in module.children():
+        layer.compile(**options)
+    return True
+
+
+def gradients(model: GRM, batch: dict, loss, micro_batch: int | None, amp=contextlib.nullcontext(),
               scale=lambda x: x):
     """Leaves the gradient of one batch in the parameters -> loss, terms, image and text features, detached.
 
-    model: a GRM, or `compiled`. loss: (image, text, image_ids) -> loss, terms. With micro_batch, gradient caching (Gao et al., 2021):
+    loss: (image, text, image_ids) -> loss, terms. With micro_batch, gradient caching (Gao et al., 2021):
     encode the batch in parts without a graph, differentiate the loss with respect to the features of all,
     then encode each part again, under the same random numbers, and carry that gradient on. The gradient is
     the same, and the encoders need the memory of one part; only batch norm takes its statistics over a part.

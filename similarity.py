@@ -243,9 +243,8 @@ def _sparse_matmul(rows, columns, values, table, num_rows):
 
 
 # ---- CUDA --------------------------------------------------------------------------------------------------
-# Captions are sorted by length. A tile of the forward pass is ROWS tokens of one image by G captions with room
-# for P tokens each: P = 16 for captions of up to 16 tokens, 32 for longer ones, and so on; `edges` counts the
-# captions that are longer than 0, 16, 32, ... tokens.
+# Captions are sorted by length. A tile of the forward pass is ROWS tokens of an image by G captions, with room
+# for P tokens each: P = 16 for captions of up to 16 tokens, 32 for longer ones, and so on.
 ROWS, COLUMNS, DEPTH = 64, 128, 128                             # columns: G * P; bytes along d at a time
 
 
@@ -261,20 +260,20 @@ class _FusedSimilarities(torch.autograd.Function):
         tokens = order[:, None] * M + (~valid[order]).to(torch.uint8).argsort(dim=1, stable=True)    # (T,M)
         precision = torch.float16 if low.itemsize == 2 else low
         image = image_tokens.to(precision).contiguous()
-        text = text_tokens.to(precision).masked_fill(~valid[..., None], 0).flatten(0, 1)[tokens]      # (T,M,d)
+        text = text_tokens.to(precision).masked_fill(~valid[..., None], 0).flatten(0, 1)[tokens]     # (T,M,d)
         image_weights, text_weights = image_weights.contiguous(), text_weights.flatten(1)[:, tokens]
         sizes = [16 << n for n in range(max(M - 1, 15).bit_length() - 3)]
-        edges = torch.stack([(lengths > size).sum(dtype=torch.int32) for size in (0, *sizes)])
+        longer = torch.stack([(lengths > size).sum(dtype=torch.int32) for size in (0, *sizes)])
         result = image_weights.new_zeros(W, I, T)
         best = [result] * 4
         if keep:
-            best = [image.new_zeros(I, L, T), valid.new_full((I, L, T), 255, dtype=torch.uint8),     # 255: none
+            best = [image.new_zeros(I, L, T), valid.new_full((I, L, T), LONGEST, dtype=torch.uint8),
                     image.new_zeros(I, T, M), valid.new_empty((I, T, M), dtype=torch.int16)]
         for n, P in enumerate(sizes):
             G = max(1, COLUMNS // P)
             _maxima_kernel[triton.cdiv(T, G), I](
-                image, text, lengths, order, edges[n:], image_weights, text_weights, result, *best, I, L, T, M,
-                D=d, W=W, WP=triton.next_power_of_2(W), G=G, P=P, KEEP=keep,
+                image, text, lengths, order, longer[n:], image_weights, text_weights, result, *best, I, L, T,
+                M, D=d, W=W, WP=triton.next_power_of_2(W), G=G, P=P, KEEP=keep,
                 ROWS=min(ROWS, max(16, triton.next_power_of_2(L))), STEP=DEPTH // image.itemsize)
         if keep:
             ctx.low = low
@@ -307,17 +306,19 @@ class _FusedSimilarities(torch.autograd.Function):
 
 
 @jit
-def _maxima_kernel(image, text, lengths, order, edges, image_weights, text_weights, out, best_word, arg_word,
+def _maxima_kernel(image, text, lengths, order, longer, image_weights, text_weights, out, best_word, arg_word,
                    best_region, arg_region, I, L, T, M, D: tl.constexpr, W: tl.constexpr, WP: tl.constexpr,
-                   G: tl.constexpr, P: tl.constexpr, KEEP: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr):
-    """One image and G captions: their products, a few rows at a time, the maxima, and their weighted sums."""
-    first, end = tl.load(edges + 1) + tl.program_id(0) * G, tl.load(edges)
-    if first >= end:                                            # captions of another P
+                   G: tl.constexpr, P: tl.constexpr, KEEP: tl.constexpr, ROWS: tl.constexpr,
+                   STEP: tl.constexpr):
+    """One image and G captions: their products, ROWS tokens at a time, the maxima, their weighted sums.
+    longer: how many captions are longer than P / 2 and than P; those between are this kernel's."""
+    first, end = tl.load(longer + 1) + tl.program_id(0) * G, tl.load(longer)
+    if first >= end:
         return
     i, n = tl.program_id(1).to(tl.int64), tl.arange(0, WP)[:, None]
     caption, token = first + tl.arange(0, G), tl.arange(0, P)
     here = caption < end
-    inside = token[None, :] < tl.load(lengths + caption, here, 0)[:, None]                           # (G,P)
+    inside = token[None, :] < tl.load(lengths + caption, here, 0)[:, None]                # (G,P)
     place = caption.to(tl.int64)[:, None] * M + token[None, :]
     column, used = tl.reshape(place, [G * P]), tl.reshape(inside, [G * P])
     region, arg = tl.full([G * P], float("-inf"), tl.float32), tl.zeros([G * P], tl.int32)
@@ -329,12 +330,13 @@ def _maxima_kernel(image, text, lengths, order, edges, image_weights, text_weigh
             depth = step + tl.arange(0, STEP)
             v = tl.load(image + ((i * L + row) * D)[:, None] + depth[None, :],
                         exists[:, None] & (depth < D)[None, :], 0.0)
-            t = tl.load(text + (column * D)[None, :] + depth[:, None], used[None, :] & (depth < D)[:, None], 0.0)
+            t = tl.load(text + (column * D)[None, :] + depth[:, None],
+                        used[None, :] & (depth < D)[:, None], 0.0)
             S = tl.dot(v, t, S, input_precision="tf32x3")
         best, where = tl.max(tl.where(exists[:, None], S, float("-inf")), 0, return_indices=True)
         region, arg = tl.maximum(best, region), tl.where(best > region, start + where, arg)
         words = tl.reshape(tl.where(used[None, :], S, float("-inf")), [ROWS, G, P])
-        word, where = tl.max(words, 2, return_indices=True)                                          # (ROWS,G)
+        word, where = tl.max(words, 2, return_indices=True)     # (ROWS,G)
         word = tl.where(here[None, :], word, 0.0)
         weight = tl.load(image_weights + (n * I + i) * L + row[None, :], (n < W) & exists[None, :], 0.0)
         total += tl.sum(weight[:, :, None] * word[None], 1)
@@ -346,7 +348,8 @@ def _maxima_kernel(image, text, lengths, order, edges, image_weights, text_weigh
     weight = tl.load(text_weights + n[:, :, None] * T * M + place[None],
                      (n < W)[:, :, None] & inside[None], 0.0)
     total += tl.sum(weight * region[None], 2)
-    tl.store(out + (n * I + i) * T + tl.load(order + caption, here, 0)[None, :], total, (n < W) & here[None, :])
+    column = tl.load(order + caption, here, 0)
+    tl.store(out + (n * I + i) * T + column[None, :], total, (n < W) & here[None, :])
     if KEEP:
         tl.store(best_region + i * T * M + place, region, inside)
         tl.store(arg_region + i * T * M + place, tl.reshape(arg, [G, P]), inside)
@@ -355,8 +358,10 @@ def _maxima_kernel(image, text, lengths, order, edges, image_weights, text_weigh
 @jit
 def _gradient_kernel(image_weights, text_weights, grad, arg_word, arg_region, out, start, I, L, T, M,
                      W: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """(L,T*M) of one image: what falls to a product as the best of its row in its caption, and of its column."""
-    row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    """(L,T*M) of one image: what falls to a product as the best of its row in its caption, and of its column.
+    out (images,L,T*M), the first of which is number `start`."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     i, caption = start + tl.program_id(2).to(tl.int64), column // M
     exists, used = row < L, column < T * M
     of_word, of_region = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([COLUMNS], tl.float32)

@@ -49,7 +49,7 @@ import modules
 import runs
 from data import UserError, require
 from encoders import one_line
-from gradients import compiled, gradients, random_state, set_random_state
+from gradients import compile_encoders, gradients, random_state, set_random_state
 
 
 class Run:
@@ -145,7 +145,7 @@ class Run:
             return self.loss(image, text, image_ids, epochs)
 
         micro_batch = self.config["train"]["micro_batch"]
-        return gradients(self.encode, batch, loss, micro_batch, self.amp, self.scaler.scale)
+        return gradients(self.model, batch, loss, micro_batch, self.amp, self.scaler.scale)
 
     def loss(self, image, text, image_ids, epochs: float):
         return self.model.loss(image, text, image_ids, self.config["loss"], epochs)
@@ -228,7 +228,8 @@ class Run:
         rows, pad_id = encoders.rows_needed(self.tokenizer), self.tokenizer.pad_token_id
         self.model = modules.build_grm(config, rows, pad_id, last and last["text_config"],
                                        pretrained=not last).to(self.device)
-        self.encode = compiled(self.model) if train["compile"] and self.device.type == "cuda" else self.model
+        if train["compile"] and self.device.type == "cuda":
+            compile_encoders(self.model)
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model, train, pretrained), fused=True)
         self.amp = runs.amp_context(config, self.device)
         scaled = self.device.type == "cuda" and train["amp"] and runs.amp_type(self.device) == torch.float16
@@ -245,9 +246,9 @@ class Run:
                                      mirrored, config["data"]["skip_bad_images"])
         self.sampler = data.PairSampler(self.train_split, train["batch_size"], config["data"]["epoch"],
                                         train["seed"], rank=self.rank, ranks=self.ranks)
-        # Of lengths that differ by less than 8 attention's kernels are of several kinds, compiled one by one.
+        # Attention's kernels differ with what is left of a length divided by 8, and are compiled one by one.
         collate = partial(data.collate, pad_id=self.tokenizer.pad_token_id,
-                          multiple=1 if self.encode is self.model else 8)
+                          multiple=8 if train["compile"] else 1)
         self.loader = runs.loader(pairs, config["data"]["workers"], self.device,
                                   batch_sampler=self.sampler, collate_fn=collate)
         self.total_steps = min(train["epochs"] * len(self.sampler), train["max_steps"] or math.inf)

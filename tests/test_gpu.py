@@ -14,12 +14,13 @@ from test_train import INPUTS, built, distance, gradients_with_and_without_cachi
 import gradients
 import runs
 import train_grm
-from gradients import compiled
 from similarity import token_similarities
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU, or without GRM_TEST_GPU=0")
 CUDA = torch.device("cuda")
 PRECISIONS = [torch.float32, torch.bfloat16]
+DEEPER = ["image.options={patch_size: 16, embed_dim: 32, depth: 2, num_heads: 2}",
+          "text.options={hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2}"]
 
 
 def autocast(dtype):
@@ -61,22 +62,23 @@ def test_gradient_caching_gives_the_uncached_gradient_with_all_noise_replayed(re
     assert expected.keys() == got.keys() and distance(got.values(), expected.values()) <= limit
 
 
-def test_compiled_towers_give_the_gradient_of_the_model(recipe):
-    """Without noise for the whole batch; with noise, each compiled pass draws what its first pass drew."""
-    model, batch, loss = built(recipe, 12, "text.options={hidden_size: 64, num_attention_heads: 2, "
-                               "intermediate_size: 64, num_hidden_layers: 1, hidden_dropout_prob: 0.1}", device=CUDA)
-    encode = compiled(model)
-    assert distance(*(found.values() for found in gradients_with_and_without_caching(
-        model, batch, loss, 6, autocast(torch.float32), encode)[::-1])) <= 1e-5
-    model.eval()
-    for cut in (0, 1, 3):
-        shorter = {key: x[:, :x.shape[1] - cut] if key in INPUTS[1:] else x for key, x in batch.items()}
-        found = []
-        for way in (model, encode):
+def test_compiled_layers_give_the_gradient_of_the_model(recipe):
+    """Without noise for captions of several lengths; with noise a second pass draws what the first drew."""
+    model, batch, loss = built(recipe, 12, *DEEPER, device=CUDA)
+    plain, found = model.eval(), []
+    shorter = [{key: x[:, :x.shape[1] - cut] if key in INPUTS[1:] else x for key, x in batch.items()}
+               for cut in (0, 1, 3)]
+    for compile_it in (False, True):
+        if compile_it:
+            gradients.compile_encoders(model)
+        for part in shorter:
             model.zero_grad()
-            gradients.gradients(way, shorter, loss, None)
+            gradients.gradients(plain, part, loss, None)
             found.append([p.grad for p in model.parameters() if p.grad is not None])
-        assert distance(found[1], found[0]) <= 1e-5
+    assert all(distance(got, expected) <= 1e-5 for expected, got in zip(found[:3], found[3:]))
+    model.zero_grad()
+    expected, got = gradients_with_and_without_caching(model.train(), batch, loss, 6, autocast(torch.float32))
+    assert distance(got.values(), expected.values()) <= 1e-5
 
 
 @pytest.mark.parametrize("dtype, limit", list(zip(PRECISIONS, [1e-4, 2e-2])))

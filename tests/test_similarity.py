@@ -25,7 +25,8 @@ def literal(v, t, valid, a=None, w=None):
     return torch.stack(rows)
 
 
-def sample(I=4, L=7, T=9, M=6, d=5, dtype=torch.float64):
+def sample(I=4, L=7, T=9, M=6, d=5, dtype=None):
+    dtype = dtype or (torch.float32 if "cpu" in similarity.FUSED else torch.float64)
     g = torch.Generator().manual_seed(0)
     v, t = torch.randn(I, L, d, generator=g, dtype=dtype), torch.randn(T, M, d, generator=g, dtype=dtype)
     a, w = torch.rand(I, L, generator=g, dtype=dtype) + 0.1, torch.rand(T, M, generator=g, dtype=dtype) + 0.1
@@ -39,23 +40,26 @@ def both(v, t, valid, a, w):
 
 
 def choose(monkeypatch, way, block=64, tile=2 ** 22):
-    """One of the three backward passes on the CPU, captions a block, products a tile."""
-    monkeypatch.setattr(similarity, "PADDED", {"cpu"} if way == "padded" else set())
+    """One of the two backward passes on the CPU, or the kernels; captions a block, products a tile."""
+    if way == "fused":
+        pytest.importorskip("triton")
+    monkeypatch.setattr(similarity, "FUSED", {"cpu"} if way == "fused" else set())
     monkeypatch.setattr(similarity, "DENSE", 16 if way == "dense" else 0)
     monkeypatch.setitem(similarity.BLOCK, "cpu", block)
     monkeypatch.setitem(similarity.TILE, "cpu", tile)
 
 
-@pytest.fixture(params=["sparse", "dense", "padded"])
+@pytest.fixture(params=["sparse", "dense", "fused"])
 def way(request, monkeypatch):
     choose(monkeypatch, request.param)
 
 
 @pytest.mark.parametrize("shape", [
-    {}, dict(L=1, M=3), dict(I=1, T=3, L=3, M=1), dict(I=2, L=130, T=5, M=40, d=2)], ids=str)
+    {}, dict(L=1, M=3), dict(I=1, T=3, L=3, M=1), dict(I=2, L=130, T=5, M=40, d=2),
+    dict(I=2, L=20, T=50, M=17, d=80)], ids=str)
 @pytest.mark.parametrize("tiling", [
-    ("dense",), ("dense", 1, 1), ("sparse",), ("sparse", 2, 60), ("sparse", 4, 300), ("padded",),
-    ("padded", 64, 1), ("padded", 64, 2000)], ids=str)
+    ("dense",), ("dense", 1, 1), ("sparse",), ("sparse", 2, 60), ("sparse", 4, 300), ("fused",),
+    ("fused", 64, 1)], ids=str)
 def test_value_and_gradient_equal_the_literal_formula(shape, tiling, monkeypatch):
     choose(monkeypatch, *tiling)
     v, t, a, w, valid = sample(**shape)
@@ -178,7 +182,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("way", ["sparse", "padded"])
+@pytest.mark.parametrize("way", ["sparse", "fused"])
 def test_never_holds_the_four_dimensional_tensor(way, monkeypatch):
     choose(monkeypatch, way, block=8, tile=2 ** 15)
     I, L, T, M, d = 24, 40, 40, 30, 4
@@ -187,7 +191,7 @@ def test_never_holds_the_four_dimensional_tensor(way, monkeypatch):
         both(v, t, valid, a, w).sum().backward()
     maxima = 8 * I * max(L * T, T * M)                          # 64 bits for each (i,l,t) or (i,t,m)
     image = 4 * L * T * M                                       # the products of one image
-    assert largest.nbytes <= (max(maxima, image) if way == "padded" else maxima) < 4 * I * L * T * M / 10
+    assert largest.nbytes <= (max(maxima, image) if way == "fused" else maxima) < 4 * I * L * T * M / 10
     with torch.no_grad(), Largest() as largest:
         both(v, t, valid, a, w)
     assert largest.nbytes <= max(4 * 2 ** 15, 8 * I * 8 * M)    # a tile, or the weighted maxima of a block

@@ -72,12 +72,11 @@ def built(recipe, pairs, *sets, device="cpu"):
     return model.train(), {key: value.to(device) for key, value in batch.items()}, loss
 
 
-def gradients_with_and_without_caching(model, batch, loss, part, amp, encode=None):
+def gradients_with_and_without_caching(model, batch, loss, part, amp):
     """{name: gradient}, with the graph of all parts kept, and by `gradients`; same noise, same parts."""
-    encode = encode or model
     torch.manual_seed(1)
     with amp:
-        encoded = [encode(*(batch[key][a:a + part] for key in INPUTS))
+        encoded = [model(*(batch[key][a:a + part] for key in INPUTS))
                    for a in range(0, len(batch["ids"]), part)]
         image, text = (kind(*(torch.cat(x) for x in zip(*features))) for kind, features in
                        zip((modules.ImageFeatures, modules.TextFeatures), zip(*encoded)))
@@ -86,7 +85,7 @@ def gradients_with_and_without_caching(model, batch, loss, part, amp, encode=Non
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     torch.manual_seed(1)
-    gradients.gradients(encode, batch, loss, part, amp)
+    gradients.gradients(model, batch, loss, part, amp)
     return expected, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
