@@ -29,7 +29,7 @@ TILE = {"cpu": 2 ** 22, "cuda": 2 ** 26}
 DENSE = 16              # for at most so many image tokens (a ViT's K regions) gradients are dense products
 # Triton compiles its kernels with a C compiler, which a small container may lack.
 FUSED = {"cuda"} if triton and any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))) else set()
-LONGEST = 255           # tokens of a caption in a kernel
+LONGEST = 256           # tokens of a caption in a kernel
 
 
 def reference_similarity(image_tokens, text_tokens, text_valid, image_weight, text_weight):
@@ -243,8 +243,8 @@ def _sparse_matmul(rows, columns, values, table, num_rows):
 
 
 # ---- CUDA --------------------------------------------------------------------------------------------------
-# Captions are sorted by length. A tile of the forward pass is ROWS tokens of an image by G captions, with room
-# for P tokens each: P = 16 for captions of up to 16 tokens, 32 for longer ones, and so on.
+# Captions are sorted by length. A tile of the forward pass is ROWS tokens of one image by G captions, with
+# room for P tokens each: P = 16 for captions of up to 16 tokens, 32 for longer ones, and so on.
 ROWS, COLUMNS, DEPTH = 64, 128, 128                             # columns: G * P; bytes along d at a time
 
 
@@ -267,8 +267,8 @@ class _FusedSimilarities(torch.autograd.Function):
         result = image_weights.new_zeros(W, I, T)
         best = [result] * 4
         if keep:
-            best = [image.new_zeros(I, L, T), valid.new_full((I, L, T), LONGEST, dtype=torch.uint8),
-                    image.new_zeros(I, T, M), valid.new_empty((I, T, M), dtype=torch.int16)]
+            best = [image.new_zeros(I, L, T), valid.new_zeros((I, L, T), dtype=torch.uint8),
+                    image.new_zeros(I, T, M), valid.new_zeros((I, T, M), dtype=torch.int16)]
         for n, P in enumerate(sizes):
             G = max(1, COLUMNS // P)
             _maxima_kernel[triton.cdiv(T, G), I](
@@ -277,14 +277,14 @@ class _FusedSimilarities(torch.autograd.Function):
                 ROWS=min(ROWS, max(16, triton.next_power_of_2(L))), STEP=DEPTH // image.itemsize)
         if keep:
             ctx.low = low
-            ctx.save_for_backward(image, text, image_weights, text_weights, order, tokens, *best)
+            ctx.save_for_backward(image, text, image_weights, text_weights, valid, order, tokens, *best)
         return result
 
     @staticmethod
     @once_differentiable
     @_without_autocast
     def backward(ctx, grad):                                    # (W,I,T)
-        (image, text, image_weights, text_weights, order, tokens,
+        (image, text, image_weights, text_weights, valid, order, tokens,
          best_word, arg_word, best_region, arg_region) = ctx.saved_tensors
         (I, L, d), (T, M) = image.shape, tokens.shape
         grad, text = grad[:, :, order], text.flatten(0, 1).to(ctx.low)
@@ -292,17 +292,21 @@ class _FusedSimilarities(torch.autograd.Function):
         d_text_weights = torch.einsum("wit,itm->wtm", grad, best_region.to(grad))
         d_image, d_text = torch.empty_like(image, dtype=grad.dtype), torch.zeros_like(text, dtype=grad.dtype)
         for tile in _tiles(image, T * M):
-            v = image[tile].to(ctx.low)
-            d_S = v.new_empty(len(v) * L, T * M)
-            _gradient_kernel[triton.cdiv(L, 16), triton.cdiv(T * M, 256), len(v)](
-                image_weights, text_weights, grad, arg_word, arg_region, d_S, tile.start, I, L, T, M,
-                W=grad.shape[0], ROWS=16, COLUMNS=256)
+            v, g = image[tile].to(ctx.low), grad[:, tile]       # (i,L,d), (W,i,T)
+            word_value = torch.einsum("wil,wit->ilt", image_weights[:, tile], g)[..., None].to(v)
+            region_value = torch.einsum("wtm,wit->itm", text_weights, g)[:, None].to(v)
+            word, region = arg_word[tile, ..., None].long(), arg_region[tile, None].long()
+            d_S = v.new_zeros(len(v), L, T, M).scatter_(3, word, word_value)
+            # Each place comes once, so that no atomics are needed, as scatter_add_ would.
+            d_S.scatter_(1, region, d_S.gather(1, region) + region_value)
+            d_S = d_S.view(-1, T * M)
             d_image[tile] = (d_S @ text).view_as(v)
             d_text += d_S.T @ v.flatten(0, 1)
             del d_S                                             # before the next is there
         back = tokens.flatten().argsort()
-        return (d_image, d_text[back].view(T, M, d), d_image_weights,
-                d_text_weights.flatten(1)[:, back].view_as(d_text_weights), None, None, None)
+        d_text = d_text[back].view(T, M, d).masked_fill(~valid[..., None], 0)
+        d_text_weights = d_text_weights.flatten(1)[:, back].view_as(d_text_weights)
+        return d_image, d_text, d_image_weights, d_text_weights, None, None, None
 
 
 @jit
@@ -353,25 +357,3 @@ def _maxima_kernel(image, text, lengths, order, longer, image_weights, text_weig
     if KEEP:
         tl.store(best_region + i * T * M + place, region, inside)
         tl.store(arg_region + i * T * M + place, tl.reshape(arg, [G, P]), inside)
-
-
-@jit
-def _gradient_kernel(image_weights, text_weights, grad, arg_word, arg_region, out, start, I, L, T, M,
-                     W: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """(L,T*M) of one image: what falls to a product as the best of its row in its caption, and of its column.
-    out (images,L,T*M), the first of which is number `start`."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    i, caption = start + tl.program_id(2).to(tl.int64), column // M
-    exists, used = row < L, column < T * M
-    of_word, of_region = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([COLUMNS], tl.float32)
-    for n in tl.static_range(W):
-        g = tl.load(grad + (n * I + i) * T + caption, used, 0.0)
-        of_word += tl.load(image_weights + (n * I + i) * L + row, exists, 0.0)[:, None] * g[None, :]
-        of_region += tl.load(text_weights + n * T * M + column, used, 0.0) * g
-    both = exists[:, None] & used[None, :]
-    word = tl.load(arg_word + ((i * L + row) * T)[:, None] + caption[None, :], both, 0).to(tl.int32)
-    region = tl.load(arg_region + i * T * M + column, used, 0).to(tl.int32)
-    S = tl.where(word == (column % M)[None, :], of_word, 0.0)
-    S += tl.where(region[None, :] == row[:, None], of_region[None, :], 0.0)
-    tl.store(out + ((tl.program_id(2).to(tl.int64) * L + row) * T * M)[:, None] + column[None, :], S, both)

@@ -37,6 +37,8 @@ def test_the_parts_of_a_step_and_the_step_are_rows_of_a_table(recipe, capsys):
     assert step.keys() == {f"{part}, ms" for part in (
         "image encoder", "text encoder", "heads, similarity, loss", "optimiser", "not encoders",
         "whole step")}
+    bench_grm.bench_training(report, "vit_micro", recipe, 8, {"as is": None, "micro_batch 4": 4}, CPU, TINY)
+    assert [row["values"]["figure"] > 0 for row in report.rows[-2:]] == [True, True]
     assert step["whole step, ms"]["ratio"] == 1 and step["optimiser, ms"]["ratio"] < 1
     assert all(values["figure"] > 0 for values in figures.values())
     assert figures["similarity: 4 x 5 x 8 x 16: GEMM, pairs/s"]["ratio"] == 1

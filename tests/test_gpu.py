@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY, run_train, signal_at
 from test_similarity import both, literal, sample
-from test_train import INPUTS, built, distance, gradients_with_and_without_caching
+from test_train import DEEPER, INPUTS, built, distance, gradients_with_and_without_caching
 
 import gradients
 import runs
@@ -19,8 +19,6 @@ from similarity import token_similarities
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU, or without GRM_TEST_GPU=0")
 CUDA = torch.device("cuda")
 PRECISIONS = [torch.float32, torch.bfloat16]
-DEEPER = ["image.options={patch_size: 16, embed_dim: 32, depth: 2, num_heads: 2}",
-          "text.options={hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2}"]
 
 
 def autocast(dtype):

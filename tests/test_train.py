@@ -39,14 +39,15 @@ def test_the_papers_rate_falls_to_three_tenths_at_epochs_9_15_20_and_25_of_30():
     assert rates == pytest.approx([1] * 9 + [0.3] * 6 + [0.09] * 5 + [0.027] * 5 + [0.0081] * 5)
 
 
-def test_pretrained_encoders_learn_slower_and_vectors_do_not_decay(tiny_model):
-    train = {"lr": 1.0, "encoder_lr": 0.1, "weight_decay": 0.5}
+def test_adapters_and_pretrained_encoders_have_their_rates_and_vectors_do_not_decay(tiny_model):
+    train = {"lr": 1.0, "encoder_lr": 0.1, "adapter_lr": 0.2, "weight_decay": 0.5}
     groups = train_grm.parameter_groups(tiny_model, train, {"image_encoder": True, "text_encoder": False})
     found = {id(p): (g["peak"], g["weight_decay"]) for g in groups for p in g["params"]}
     assert len(found) == len(list(tiny_model.parameters()))
     attention = tiny_model.image_encoder.timm.blocks[0].attn.qkv
     assert found[id(attention.weight)] == (0.1, 0.5) and found[id(attention.bias)] == (0.1, 0.0)
     assert found[id(tiny_model.image_proj.weight)] == (1.0, 0.5)
+    assert found[id(tiny_model.text_adapter.hidden.weight)] == (0.2, 0.5)
     assert found[id(tiny_model.text_encoder.hugging.get_input_embeddings().weight)] == (1.0, 0.5)
 
 
@@ -58,6 +59,10 @@ def some_pairs(config, items):
     transform = data.image_transform(64, (0.5,) * 3, (0.5,) * 3, train=False)
     pairs = data.TrainPairs(split, captions, transform, config["augment"] | {"flip": 0.0}, tokenizer)
     return data.collate([pairs[image, text, 0] for image, text in items], tokenizer.pad_token_id), tokenizer
+
+
+DEEPER = ["image.options={patch_size: 16, embed_dim: 32, depth: 2, num_heads: 2}",
+          "text.options={hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2}"]
 
 
 def built(recipe, pairs, *sets, device="cpu"):
@@ -87,6 +92,20 @@ def gradients_with_and_without_caching(model, batch, loss, part, amp):
     torch.manual_seed(1)
     gradients.gradients(model, batch, loss, part, amp)
     return expected, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_compiled_layers_give_the_same_gradient_and_keep_their_names(recipe):
+    model, batch, loss = built(recipe, 6, *DEEPER)
+    names, found = list(model.eval().state_dict()), []
+    for compile_it in (False, True):
+        if compile_it:
+            gradients.compile_encoders(model, backend="aot_eager")
+        model.zero_grad()
+        gradients.gradients(model, batch, loss, None)
+        found.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert distance(found[1], found[0]) <= 1e-5 and list(model.state_dict()) == names
+    compiled = [name for name, module in model.named_modules() if module._compiled_call_impl]
+    assert len(compiled) == 4 and all(name.endswith((".0", ".1")) for name in compiled)
 
 
 def distance(got, expected):
