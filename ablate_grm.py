@@ -193,9 +193,8 @@ def evidence(grounding: dict) -> dict[str, float | None]:
     """The columns of grounding.json."""
     pointing, variance = grounding["pointing"], grounding["variance_difference"]
     return {"pointing, words": pointing["words"], "pointing, masks": pointing["masks"],
-            "AUC image": grounding["image_mask_auc"], "AUC outlines": grounding["image_mask_auc_outlines"],
-            "AUC text": grounding["text_mask_auc"], "cosine": grounding["region_cosine"],
-            "variance": variance and variance[0]}
+            "AUC image": grounding["image_mask_auc"], "AUC text": grounding["text_mask_auc"],
+            "cosine": grounding["region_cosine"], "variance": variance and variance[0]}
 
 
 def file_name(text: str) -> str:

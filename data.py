@@ -310,11 +310,9 @@ def augment_tokens(caption, rng, drop, mask, random, mask_id, word_ids):
 
 
 def pad(captions, pad_id, multiple=1):
-    """list of (2, M) -> ids (B, M) int64, valid (B, M): not padding, words (B, M) bool: its own. The
-    longest decides M, rounded up to a multiple."""
-    columns = [torch.from_numpy(c.T).long() for c in captions]
-    ids, words = torch.nn.utils.rnn.pad_sequence(columns, batch_first=True).unbind(-1)
-    ids, words = (torch.nn.functional.pad(x, (0, -x.shape[1] % multiple)) for x in (ids, words))
+    """list of (2, M) -> ids (B, M) int64, valid (B, M): not padding, words (B, M) bool: the captions' own."""
+    columns = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(c.T).long() for c in captions], True)
+    ids, words = torch.nn.functional.pad(columns, (0, 0, 0, -columns.shape[1] % multiple)).unbind(-1)
     valid = torch.arange(ids.shape[1]) < torch.tensor([[c.shape[1]] for c in captions])
     return ids.masked_fill(~valid, pad_id), valid, words.bool()
 

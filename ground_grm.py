@@ -36,7 +36,6 @@ from xml.etree import ElementTree
 
 import numpy as np
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import data
@@ -94,15 +93,6 @@ def inside(boxes, grid):
     return (x0 <= x) & (x <= x1) & (y0 <= y) & (y <= y1)
 
 
-def inside_outlines(outlines, grid):
-    """(L,) bool: which patch centres lie within any of the outlines, each a list of corners (x, y)."""
-    fine = 32                                                               # pixels a patch
-    image = Image.new("1", (fine * grid, fine * grid))
-    for outline in outlines:
-        ImageDraw.Draw(image).polygon([(fine * grid * x, fine * grid * y) for x, y in outline], fill=1)
-    return np.asarray(image)[fine // 2::fine, fine // 2::fine].ravel()
-
-
 def token_indices(offsets, start, end):
     """Which tokens overlap the characters start..end. offsets: each token's (start, end), (0, 0) if added."""
     return [m for m, (first, last) in enumerate(offsets) if first < min(end, last) and last > start]
@@ -143,28 +133,26 @@ def grid_side(patches):
 
 # ---- what is where: phrases and objects of the images ------------------------------------------------------
 class Truth(NamedTuple):
-    """What is known of an image: each caption's phrases or None, and its objects' boxes and outlines."""
+    """What is known of an image: each caption's phrases or None, and its objects' boxes."""
     phrases: list
     boxes: list
-    outlines: list
 
 
 def with_truth(split, datasets, root):
     """-> the split, with the captions of Flickr30K Entities if there are any, and a Truth for each image."""
     if isinstance(split, data.ShapesSplit):
-        return split, [Truth(scene.phrases, [shape.box for shape in scene.objects],
-                             [shape.outline for shape in scene.objects]) for scene in split.scenes]
+        return split, [Truth(scene.phrases, [shape.box for shape in scene.objects]) for scene in split.scenes]
     dataset = data.split_names(datasets)[split.name.split("[")[0]][0]
     folder = datasets[dataset].get("entities")
     if folder is None:
-        return split, [Truth([None] * len(captions), [], []) for captions in split.captions]
+        return split, [Truth([None] * len(captions), []) for captions in split.captions]
     data.require(isinstance(folder, str), f"configs: datasets.{dataset}.entities must be a folder")
     captions, truths = [], []
     for name in split.image_names:
         own_captions, phrases = read_entities(Path(root) / folder, Path(name).stem)
         boxes = {box for some in phrases for phrase in some for box in phrase.boxes}
         captions.append(own_captions)
-        truths.append(Truth(phrases, sorted(boxes), []))
+        truths.append(Truth(phrases, sorted(boxes)))
     return data.FileSplit(split.name, split.image_names, captions, split.folder), truths
 
 
@@ -274,10 +262,6 @@ def measure(matcher, split, truths, batch_size=128, progress=True):
             within = inside(truth.boxes, grid).any(0)
             masks["box"].append(image.mask[within])
             masks["no box"].append(image.mask[~within])
-        if truth.outlines:
-            within = inside_outlines(truth.outlines, grid)
-            masks["outline"].append(image.mask[within])
-            masks["no outline"].append(image.mask[~within])
         for caption, phrases, (tokens, mask, offsets) in zip(captions, truth.phrases, image.captions):
             for start, end in words_of(caption):
                 kind = kind_of_word(caption[start:end], start, end, phrases)
@@ -299,7 +283,6 @@ def measure(matcher, split, truths, batch_size=128, progress=True):
             "pointing": {"words": mean(by_words), "masks": mean(by_masks),
                          "difference": bootstrap(by_masks - by_words, image_of)},
             "image_mask_auc": auc(masks["box"], masks["no box"]),
-            "image_mask_auc_outlines": auc(masks["outline"], masks["no outline"]),
             "text_mask_auc": auc(masks["content"], masks["function"]),
             "region_cosine": mean(cosines),
             "variance_difference": bootstrap(variance, image_of, ambiguous) if uncertain else None}
@@ -315,7 +298,6 @@ def table(report):
              ("pointing game, chance", show(report["chance"])),
              ("pointing game, masks less words", interval(pointing["difference"])),
              ("image mask, AUC: patches in boxes against others", show(report["image_mask_auc"])),
-             ("image mask, AUC: patches in outlines against others", show(report["image_mask_auc_outlines"])),
              ("text mask, AUC: content words against function words", show(report["text_mask_auc"])),
              ("regions, mean cosine between two of an image", show(report["region_cosine"])),
              ("variance (prior: 1), several boxes less one box", interval(report["variance_difference"]))]

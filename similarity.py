@@ -286,7 +286,7 @@ class _FusedSimilarities(torch.autograd.Function):
     def backward(ctx, grad):                                    # (W,I,T)
         (image, text, image_weights, text_weights, valid, order, tokens,
          best_word, arg_word, best_region, arg_region) = ctx.saved_tensors
-        (I, L, d), (T, M) = image.shape, tokens.shape
+        (_, L, d), (T, M) = image.shape, tokens.shape
         grad, text = grad[:, :, order], text.flatten(0, 1).to(ctx.low)
         d_image_weights = torch.einsum("wit,ilt->wil", grad, best_word.to(grad))
         d_text_weights = torch.einsum("wit,itm->wtm", grad, best_region.to(grad))

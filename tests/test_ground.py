@@ -11,7 +11,7 @@ import data
 import encoders
 import ground_grm
 import modules
-from shapes import Object, Phrase
+from shapes import Phrase
 
 
 # ---- figures -----------------------------------------------------------------------------------------------
@@ -24,16 +24,10 @@ def test_auc_is_the_share_of_pairs_in_the_right_order_with_ties_counted_half():
     assert ground_grm.auc([], [1]) is None and ground_grm.auc([1], []) is None
 
 
-def test_a_patch_is_inside_when_its_centre_is_in_the_box_or_the_outline():
+def test_a_patch_is_inside_when_its_centre_is_in_the_box():
     within = ground_grm.inside([(0, 0, 0.5, 0.5), (0.3, 0.6, 0.9, 0.9)], 4).reshape(2, 4, 4)
     assert within[0].tolist() == [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
     assert within[1].tolist() == [[0, 0, 0, 0], [0, 0, 0, 0], [0, 1, 1, 1], [0, 1, 1, 1]]
-    triangle = [(0, 1), (1, 1), (.5, 0)]                                    # its box is the whole image
-    within = ground_grm.inside_outlines([triangle], 4).reshape(4, 4).tolist()
-    assert within == [[0, 0, 0, 0], [0, 1, 1, 0], [0, 1, 1, 0], [1, 1, 1, 1]]
-    ring = Object(("large", "red", "ring"), (.5, .5), .5, (0, 0, 1, 1)).outline
-    within = ground_grm.inside_outlines([ring], 4).reshape(4, 4).tolist()
-    assert within == [[0, 1, 1, 0], [1, 0, 0, 1], [1, 0, 0, 1], [0, 1, 1, 0]]
 
 
 def test_phrases_find_their_tokens_and_captions_their_content_words():
@@ -161,7 +155,6 @@ def test_a_model_that_knows_gets_full_marks_and_its_opposite_none(right, tiny_co
     report = measure(split, tiny_config, right)
     assert report["pointing"]["words"] == right and report["pointing"]["masks"] == right
     assert report["image_mask_auc"] == right and report["text_mask_auc"] == right
-    assert (report["image_mask_auc_outlines"] > 0.5) == right   # masks fill boxes, not outlines
     assert report["variance_difference"] is None                            # no phrase means one object
 
 
@@ -206,7 +199,7 @@ def test_entities_give_captions_phrases_and_boxes(entities_root, tiny_config):
     assert [[(phrase.text, phrase.boxes) for phrase in phrases] for phrases in truth.phrases] == [
         [("A man", [left, right]), ("a blue shirt", [left]), ("someone", [])],
         [("The man 's arm", [left, right]), ("the street", [])]]
-    assert truth.boxes == [left, right] and truth.outlines == []
+    assert truth.boxes == [left, right]
 
 
 @pytest.mark.parametrize("file, text, said", [
@@ -226,8 +219,8 @@ def test_bad_entities_files_are_named_in_one_line(file, text, said, entities_roo
 
 
 # ---- the command -------------------------------------------------------------------------------------------
-KEYS = {"split", "images", "phrases", "chance", "pointing", "image_mask_auc", "image_mask_auc_outlines",
-        "text_mask_auc", "region_cosine", "variance_difference"}
+KEYS = {"split", "images", "phrases", "chance", "pointing", "image_mask_auc", "text_mask_auc",
+        "region_cosine", "variance_difference"}
 
 
 def ground(config, folder, capsys, *argv):
@@ -256,15 +249,14 @@ def test_the_command_measures_the_test_split(uncertainty, tiny_config, tmp_path,
 def test_the_command_takes_entities_and_leaves_class_tokens_out(entities_root, tiny_config, tmp_path, capsys):
     tiny_config["model"]["special_tokens"] = True
     printed, report = ground(tiny_config, tmp_path, capsys, "--split", "f30k", "--data-root", entities_root)
-    assert report["phrases"] == 3 and report["image_mask_auc_outlines"] is None and "outlines" not in printed
+    assert report["phrases"] == 3
     assert report["chance"] == pytest.approx((2 * 0.66 + 0.16) / 3, abs=0.15)           # areas of the boxes
 
 
 def test_without_boxes_only_what_needs_none_is_measured(coco_folder, tiny_config, tmp_path, capsys):
     printed, report = ground(tiny_config, tmp_path, capsys, "--split", "coco5k", "--data-root", coco_folder)
     assert report["phrases"] == 0 and report["pointing"] == {"words": None, "masks": None, "difference": None}
-    assert {key for key in KEYS if report[key] is None} == {
-        "chance", "image_mask_auc", "image_mask_auc_outlines", "variance_difference"}
+    assert {key for key in KEYS if report[key] is None} == {"chance", "image_mask_auc", "variance_difference"}
     assert "without boxes" in printed and "text mask" in printed and "pointing" not in printed
 
 
