@@ -297,7 +297,7 @@ def bench_coco5k(report: Report, recipe, device):
              for rows in valid.sum(1).argsort(descending=True).split(512)]
     texts = [modules.TextFeatures(*(x[:, :int(some.valid.sum(1).max())] for x in some)) for some in texts]
     tokens, regions = (F.normalize(torch.randn(128, n, 512, device=device), dim=-1) for n in (196, 5))
-    image = modules.ImageFeatures(tokens, tokens[..., 0].sigmoid(), regions, tokens.mean(1, keepdim=True))
+    image = modules.ImageFeatures(tokens, tokens[..., 0].sigmoid(), regions)
 
     def score():
         for _ in range(0, 5000, 128):

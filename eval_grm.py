@@ -157,7 +157,7 @@ class Matcher:
         texts = TextFeatures(*(x.to(self.device) for x in texts))
         rows = []
         for start in range(0, len(images.mask), 128):
-            some = ImageFeatures(*(x[start:start + 128].to(self.device) for x in images[:4]))
+            some = ImageFeatures(*(x[start:start + 128].to(self.device) for x in images[:3]))
             rows.append(self._similarity(some, texts)[level].float().cpu())
         return torch.cat(rows)
 

@@ -197,11 +197,11 @@ def entropy_loss(scores: Tensor) -> Tensor:
 
 # ---- the model ---------------------------------------------------------------------------------------------
 class ImageFeatures(NamedTuple):
-    """An encoded batch of images. The first four enter the similarity."""
+    """An encoded batch of images. The first three enter the similarity."""
     tokens: Tensor                      # (B, L, d) V, brought to unit length
     mask: Tensor                        # (B, L)    A_V
     regions: Tensor                     # (B, K, d) U
-    mean: Tensor                        # (B, 1, d) the mean of V^
+    mean: Tensor | None = None          # (B, 1, d) the mean of V^
     means: Tensor | None = None         # (B, K, d) mu
     log_var: Tensor | None = None       # (B, K, d) log sigma^2
     attention: Tensor | None = None     # (B, L, K) A^_r, whose columns sum to 1
@@ -226,10 +226,10 @@ class GRM(nn.Module):
     def __init__(self, image_encoder: ImageEncoder, text_encoder: TextEncoder, levels: dict[str, float], *,
                  dim: int, num_prompts: int, tau: float, unit_tokens: bool, special_tokens: bool,
                  image_keep: float | None, text_keep: float | None, mask_acts_on: str, text_mask_reads: str,
-                 prompt_scale: float | None, prior: str, whole: bool, image_mask: bool, text_mask: bool,
+                 prompt_scale: float | None, prior: str, image_mask: bool, text_mask: bool,
                  prompts: bool, uncertainty: bool):
         super().__init__()
-        self.levels, self.whole = levels, whole
+        self.levels = levels
         self.unit_tokens, self.special_tokens = unit_tokens, special_tokens
         self.masked_tokens = mask_acts_on == "tokens"
         self.mask_reads_embeddings = text_mask_reads == "embeddings"
@@ -279,12 +279,7 @@ class GRM(nn.Module):
         return self.encode_image(images), self.encode_text(ids, valid, words)
 
     def similarity(self, image: ImageFeatures, text: TextFeatures) -> dict[str, Tensor]:
-        """Eq. 7, (I, T) for every level that has a weight, and `combined`, their weighted sum, which ranks.
-
-        With `whole`, unc is the mean of two similarities of the caption: with the regions, and with the one
-        token that stands for the image as a whole. Without it the regions have to stand for the whole too,
-        and look alike.
-        """
+        """Eq. 7, (I, T) for every level that has a weight, and `combined`, their weighted sum, which ranks."""
         V, T, valid = image.tokens, text.tokens, text.valid
         V_hat, V_weight = self.masked(V, image.mask)
         T_hat, T_weight = self.masked(T, text.mask)
@@ -292,10 +287,8 @@ class GRM(nn.Module):
         # those of the other levels, which take the most memory, are computed.
         scores = {}
         if self.levels["unc"]:
-            U = [F.normalize(image.regions.float(), dim=-1)]                                     # (I, K, d)
-            if self.whole:
-                U.append(F.normalize(image.mean.float(), dim=-1))                                # (I, 1, d)
-            scores["unc"] = sum(token_similarity(u, T_hat, valid, None, T_weight) for u in U) / len(U)
+            U = F.normalize(image.regions.float(), dim=-1)                                       # (I, K, d)
+            scores["unc"] = token_similarity(U, T_hat, valid, None, T_weight)
         if self.levels["ori"] and self.levels["key"] and not self.masked_tokens:
             # The two levels weight the maxima of the same products, so one pass serves both.
             weights = [None, V_weight], [None, T_weight]
