@@ -1,4 +1,5 @@
-"""The gradient of one batch, computed at once or, where memory is short, in parts (gradient caching)."""
+"""The gradient of one batch, computed at once or, where memory is short, in parts (gradient caching); and
+encoders compiled for it."""
 import contextlib
 
 import torch
