@@ -1,8 +1,8 @@
 """Eq. 7, the similarity of every image with every caption: first as one would write it, then fast.
 
-The fast form is exact up to the precision of its products. On a CPU it takes them in tiles, without padding,
-and its backward pass is sparse. On CUDA, Triton kernels of our own take the maxima of a tile where its
-products are, so that no product is ever written to memory, and the backward pass is dense.
+The fast form is exact up to the precision of its products. On a CPU it takes them in tiles, without padding.
+On CUDA, a Triton kernel takes the maxima of a tile where its products are, so that no product is ever written
+to memory. The backward pass is the same for both.
 
 Shapes: I images, L image tokens, T captions, M text tokens, d joint width, W weightings of the same tokens.
 """
@@ -26,7 +26,6 @@ except ImportError:                     # as on a Mac
 # launching an operation, few enough that on a CPU the maxima read the products from the last-level cache.
 BLOCK = {"cpu": 64, "cuda": 1024}
 TILE = {"cpu": 2 ** 22, "cuda": 2 ** 26}
-DENSE = 16              # for at most so many image tokens (a ViT's K regions) gradients are dense products
 # Triton compiles its kernels with a C compiler, which a small container may lack.
 FUSED = {"cuda"} if triton and any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))) else set()
 LONGEST = 256           # tokens of a caption in a kernel
@@ -79,26 +78,58 @@ def token_similarities(image_tokens, text_tokens, text_valid, image_weights, tex
         fits = low.itemsize <= 4 and text_valid.shape[1] <= LONGEST
         if device in FUSED and fits and text_valid.numel() and image_tokens.numel():
             return _FusedSimilarities.apply(image_tokens, text_tokens, *weights, text_valid, low, keep)
-        image_tokens, text_tokens = image_tokens.to(low), text_tokens.to(low)
-        return _PackedSimilarities.apply(image_tokens, text_tokens, *weights, text_valid, keep)
+        return _PackedSimilarities.apply(image_tokens, text_tokens, *weights, text_valid, low, keep)
 
 
-def _without_autocast(backward):
-    """A backward pass called under autocast, whose products would be of two precisions, leaves it."""
-    def call(ctx, grad):
-        with torch.autocast(grad.device.type, enabled=False):
-            return backward(ctx, grad)
-    return call
+class _Similarities(torch.autograd.Function):
+    """The backward pass. A maximum passes its gradient to one product: these are laid out, a tile at a time,
+    and two matrix products take them to the tokens. That costs no more than a sparse product would.
 
-
-class _PackedSimilarities(torch.autograd.Function):
-    """Without padding: T' captions that have a token, their N tokens as columns (see `_pack`).
-
-    A maximum passes its gradient to one product, so the backward pass is a sparse product over the places
-    of the maxima, (L+M)/(L*M) of the dense work; where that is much (DENSE), a dense one."""
+    Saved: the maxima and their places, of captions `order` (T') and of their tokens as columns, of which each
+    is `tokens` (N) in (T*M) and belongs to the caption `owner` (N) of `order`. best_word, arg_word (I,L,T'),
+    counted from `first` (T'), a caption's first column; best_region, arg_region (I,N)."""
 
     @staticmethod
-    def forward(ctx, image_tokens, text_tokens, image_weights, text_weights, valid, keep):
+    @once_differentiable
+    def backward(ctx, grad):                                    # (W,I,T)
+        (image_tokens, text_tokens, image_weights, text_weights, valid, order, tokens, owner, first,
+         best_word, arg_word, best_region, arg_region) = ctx.saved_tensors
+        L, N = image_tokens.shape[1], len(tokens)
+        # Called under autocast, it would have products of two precisions.
+        with torch.autocast(grad.device.type, enabled=False):
+            d_image, d_text = grad.new_zeros(image_tokens.shape), grad.new_zeros(text_tokens.shape)
+            d_image_weights, d_text_weights = torch.zeros_like(image_weights), torch.zeros_like(text_weights)
+            text = text_tokens.flatten(0, 1)[tokens].to(ctx.low)                            # (N,d)
+            weight = text_weights.flatten(1)[:, None, tokens]                               # (W,1,N)
+            d_columns, d_weight = grad.new_zeros(text.shape), grad.new_zeros(len(grad), N)
+            for tile in _tiles(image_tokens, N) if N else ():
+                v = image_tokens[tile].to(ctx.low)                                          # (i,L,d)
+                g = grad[:, tile, order]                                                    # (W,i,T')
+                g_token = g[..., owner]                                                     # (W,i,N)
+                d_image_weights[:, tile] = torch.einsum("wit,ilt->wil", g, best_word[tile].to(g))
+                d_weight += (g_token * best_region[tile]).sum(1)
+                # ds/dS at the best column of each (row, caption), and the best row of each (image, column)
+                word = torch.einsum("wil,wit->ilt", image_weights[:, tile], g).to(v)
+                region = (g_token * weight).sum(0)[:, None].to(v)                           # (i,1,N)
+                d_S = v.new_zeros(len(v), L, N).scatter_(2, arg_word[tile] + first, word)
+                # Each place comes once, so that no atomics are needed, as scatter_add_ would.
+                row = arg_region[tile, None].long()
+                d_S = d_S.scatter_(1, row, d_S.gather(1, row) + region).flatten(0, 1)
+                d_image[tile] = (d_S @ text).view_as(v)
+                d_columns += d_S.T @ v.flatten(0, 1)
+                del d_S                                         # before the next is there
+            d_text.flatten(0, 1)[tokens] = d_columns
+            d_text.masked_fill_(~valid[..., None], 0)           # the first token of a caption without any
+            d_text_weights.flatten(1)[:, tokens] = d_weight
+        return d_image, d_text, d_image_weights, d_text_weights, None, None, None
+
+
+class _PackedSimilarities(_Similarities):
+    """Without padding: T' captions that have a token, their N tokens as columns (see `_pack`)."""
+
+    @staticmethod
+    def forward(ctx, image_tokens, text_tokens, image_weights, text_weights, valid, low, keep):
+        image_tokens, text_tokens = image_tokens.to(low), text_tokens.to(low)
         (I, L, _), W, T = image_tokens.shape, len(image_weights), len(valid)
         new = image_weights.new_empty
         order, tokens, owner, blocks = _pack(valid, BLOCK.get(valid.device.type, 64))
@@ -134,53 +165,11 @@ class _PackedSimilarities(torch.autograd.Function):
             similarity += _fold(torch.add, weighted, counts, torch.empty_like(similarity))
             result[:, :, order[captions]] = similarity
         if keep:
-            ctx.save_for_backward(image_tokens, text_tokens, image_weights, text_weights, order, tokens,
-                                  owner, all_best_region, arg_region, all_best_word, arg_word)
+            ctx.low = result.dtype
+            ctx.save_for_backward(image_tokens, text_tokens, image_weights, text_weights, valid, order,
+                                  tokens, owner, torch.zeros_like(order), all_best_word, arg_word,
+                                  all_best_region, arg_region)
         return result
-
-    @staticmethod
-    @once_differentiable
-    @_without_autocast
-    def backward(ctx, grad):                                    # (W,I,T)
-        (image_tokens, text_tokens, image_weights, text_weights, order, tokens, owner,
-         best_region, arg_region, best_word, arg_word) = ctx.saved_tensors
-        (_, L, d), N = image_tokens.shape, len(tokens)
-        d_image, d_text = torch.zeros_like(image_tokens), torch.zeros_like(text_tokens)
-        d_image_weights, d_text_weights = torch.zeros_like(image_weights), torch.zeros_like(text_weights)
-        text = text_tokens.flatten(0, 1)[tokens].to(grad)       # (N,d)
-        weight = text_weights.flatten(1)[:, None, tokens]       # (W,1,N)
-        d_columns, d_weight = grad.new_zeros(N, d), grad.new_zeros(len(grad), N)
-        for tile in _tiles(image_tokens, N) if N else ():
-            v = image_tokens[tile].flatten(0, 1).to(grad)       # (i*L,d): row r: token r % L of image r // L
-            g = grad[:, tile, order]                            # (W,i,T')
-            g_token = g[..., owner]                             # (W,i,N)
-            d_image_weights[:, tile] = (best_word[tile] @ g.permute(1, 2, 0)).permute(2, 0, 1)
-            d_weight += (g_token * best_region[tile]).sum(1)
-            # ds/dS at the best column of each (row, caption), and the best row of each (image, column)
-            row = torch.arange(len(v), dtype=torch.int32, device=v.device)
-            word_value = (image_weights[:, tile].permute(1, 2, 0) @ g.transpose(0, 1)).flatten(0, 1)
-            word_column = arg_word[tile].flatten(0, 1)          # (i*L,T')
-            region_value = (g_token * weight).sum(0)            # (i,N)
-            region_row = arg_region[tile] + row[::L, None]
-            if L <= DENSE:
-                d_S = v.new_zeros(len(v), N).scatter_(1, word_column.long(), word_value)
-                d_S.view(-1, L, N).scatter_add_(1, arg_region[tile, None].long(), region_value[:, None])
-                d_image[tile] = (d_S @ text).view(-1, L, d)
-                d_columns.addmm_(d_S.T, v)
-                continue
-            region_column = torch.arange(N, dtype=torch.int32, device=v.device).expand_as(region_row)
-            regions = region_row.flatten(), region_column.flatten(), region_value.flatten()
-            d_v = F.embedding_bag(word_column, text, mode="sum", per_sample_weights=word_value)
-            d_v += _sparse_matmul(*regions, text, len(v))
-            d_image[tile] = d_v.view(-1, L, d)
-            # caption by caption, so that what is sorted to one column lies close together
-            columns = torch.cat([word_column.T.flatten(), region_column.T.flatten()])
-            rows = torch.cat([row.repeat(len(order)), region_row.T.flatten()])
-            values = torch.cat([word_value.T.flatten(), region_value.T.flatten()])
-            d_columns += _sparse_matmul(columns, rows, values, v, N)
-        d_text.flatten(0, 1)[tokens] = d_columns.to(d_text)
-        d_text_weights.flatten(1)[:, tokens] = d_weight
-        return d_image, d_text, d_image_weights, d_text_weights, None, None
 
 
 def _tiles(image_tokens, columns):
@@ -234,21 +223,13 @@ def _column_of(best, columns, counts, start):
     return out.add_(torch.arange(start, start + counts[0], device=best.device))
 
 
-def _sparse_matmul(rows, columns, values, table, num_rows):
-    """Sums values[k] * table[columns[k]] into row rows[k] -> (num_rows,d), deterministically."""
-    rows, by_row = rows.sort(stable=True)
-    starts = torch.searchsorted(rows, torch.arange(num_rows + 1).to(rows), out_int32=True)
-    return F.embedding_bag(columns[by_row], table, starts, mode="sum", per_sample_weights=values[by_row],
-                           include_last_offset=True)
-
-
 # ---- CUDA --------------------------------------------------------------------------------------------------
 # Captions are sorted by length. A tile of the forward pass is ROWS tokens of one image by G captions, with
 # room for P tokens each: P = 16 for captions of up to 16 tokens, 32 for longer ones, and so on.
 ROWS, COLUMNS, DEPTH = 64, 128, 128                             # columns: G * P; bytes along d at a time
 
 
-class _FusedSimilarities(torch.autograd.Function):
+class _FusedSimilarities(_Similarities):
     """Products are float16 where `low` has 16 bits, which for norms of at most 1 is finer than bfloat16, so
     that fewer maxima move; their gradients are `low`; sums are float32."""
 
@@ -260,8 +241,9 @@ class _FusedSimilarities(torch.autograd.Function):
         tokens = order[:, None] * M + (~valid[order]).to(torch.uint8).argsort(dim=1, stable=True)    # (T,M)
         precision = torch.float16 if low.itemsize == 2 else low
         image = image_tokens.to(precision).contiguous()
-        text = text_tokens.to(precision).masked_fill(~valid[..., None], 0).flatten(0, 1)[tokens]     # (T,M,d)
-        image_weights, text_weights = image_weights.contiguous(), text_weights.flatten(1)[:, tokens]
+        text = text_tokens.to(precision).masked_fill(~valid[..., None], 0)
+        columns, weights = text.flatten(0, 1)[tokens], text_weights.flatten(1)[:, tokens]
+        image_weights = image_weights.contiguous()
         sizes = [16 << n for n in range(max(M - 1, 15).bit_length() - 3)]
         longer = torch.stack([(lengths > size).sum(dtype=torch.int32) for size in (0, *sizes)])
         result = image_weights.new_zeros(W, I, T)
@@ -272,41 +254,15 @@ class _FusedSimilarities(torch.autograd.Function):
         for n, P in enumerate(sizes):
             G = max(1, COLUMNS // P)
             _maxima_kernel[triton.cdiv(T, G), I](
-                image, text, lengths, order, longer[n:], image_weights, text_weights, result, *best, I, L, T,
+                image, columns, lengths, order, longer[n:], image_weights, weights, result, *best, I, L, T,
                 M, D=d, W=W, WP=triton.next_power_of_2(W), G=G, P=P, KEEP=keep,
                 ROWS=min(ROWS, max(16, triton.next_power_of_2(L))), STEP=DEPTH // image.itemsize)
         if keep:
-            ctx.low = low
-            ctx.save_for_backward(image, text, image_weights, text_weights, valid, order, tokens, *best)
+            ctx.low, caption = low, torch.arange(T, device=order.device)
+            ctx.save_for_backward(image, text, image_weights, text_weights, valid, order, tokens.flatten(),
+                                  caption.repeat_interleave(M), caption * M, *best[:2],
+                                  *(x.flatten(1) for x in best[2:]))
         return result
-
-    @staticmethod
-    @once_differentiable
-    @_without_autocast
-    def backward(ctx, grad):                                    # (W,I,T)
-        (image, text, image_weights, text_weights, valid, order, tokens,
-         best_word, arg_word, best_region, arg_region) = ctx.saved_tensors
-        (_, L, d), (T, M) = image.shape, tokens.shape
-        grad, text = grad[:, :, order], text.flatten(0, 1).to(ctx.low)
-        d_image_weights = torch.einsum("wit,ilt->wil", grad, best_word.to(grad))
-        d_text_weights = torch.einsum("wit,itm->wtm", grad, best_region.to(grad))
-        d_image, d_text = torch.empty_like(image, dtype=grad.dtype), torch.zeros_like(text, dtype=grad.dtype)
-        for tile in _tiles(image, T * M):
-            v, g = image[tile].to(ctx.low), grad[:, tile]       # (i,L,d), (W,i,T)
-            word_value = torch.einsum("wil,wit->ilt", image_weights[:, tile], g)[..., None].to(v)
-            region_value = torch.einsum("wtm,wit->itm", text_weights, g)[:, None].to(v)
-            word, region = arg_word[tile, ..., None].long(), arg_region[tile, None].long()
-            d_S = v.new_zeros(len(v), L, T, M).scatter_(3, word, word_value)
-            # Each place comes once, so that no atomics are needed, as scatter_add_ would.
-            d_S.scatter_(1, region, d_S.gather(1, region) + region_value)
-            d_S = d_S.view(-1, T * M)
-            d_image[tile] = (d_S @ text).view_as(v)
-            d_text += d_S.T @ v.flatten(0, 1)
-            del d_S                                             # before the next is there
-        back = tokens.flatten().argsort()
-        d_text = d_text[back].view(T, M, d).masked_fill(~valid[..., None], 0)
-        d_text_weights = d_text_weights.flatten(1)[:, back].view_as(d_text_weights)
-        return d_image, d_text, d_image_weights, d_text_weights, None, None, None
 
 
 @jit

@@ -40,16 +40,15 @@ def both(v, t, valid, a, w):
 
 
 def choose(monkeypatch, way, block=64, tile=2 ** 22):
-    """One of the two backward passes on the CPU, or the kernels; captions a block, products a tile."""
+    """The form for the CPU or the kernel; captions a block, products a tile."""
     if way == "fused":
         pytest.importorskip("triton")
     monkeypatch.setattr(similarity, "FUSED", {"cpu"} if way == "fused" else set())
-    monkeypatch.setattr(similarity, "DENSE", 16 if way == "dense" else 0)
     monkeypatch.setitem(similarity.BLOCK, "cpu", block)
     monkeypatch.setitem(similarity.TILE, "cpu", tile)
 
 
-@pytest.fixture(params=["sparse", "dense", "fused"])
+@pytest.fixture(params=["packed", "fused"])
 def way(request, monkeypatch):
     choose(monkeypatch, request.param)
 
@@ -58,8 +57,8 @@ def way(request, monkeypatch):
     {}, dict(L=1, M=3), dict(I=1, T=3, L=3, M=1), dict(I=2, L=130, T=5, M=40, d=2),
     dict(I=2, L=20, T=50, M=17, d=80)], ids=str)
 @pytest.mark.parametrize("tiling", [
-    ("dense",), ("dense", 1, 1), ("sparse",), ("sparse", 2, 60), ("sparse", 4, 300), ("fused",),
-    ("fused", 64, 1)], ids=str)
+    ("packed",), ("packed", 1, 1), ("packed", 2, 60), ("packed", 4, 300), ("fused",), ("fused", 64, 1)],
+    ids=str)
 def test_value_and_gradient_equal_the_literal_formula(shape, tiling, monkeypatch):
     choose(monkeypatch, *tiling)
     v, t, a, w, valid = sample(**shape)
@@ -182,7 +181,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("way", ["sparse", "fused"])
+@pytest.mark.parametrize("way", ["packed", "fused"])
 def test_never_holds_the_four_dimensional_tensor(way, monkeypatch):
     choose(monkeypatch, way, block=8, tile=2 ** 15)
     I, L, T, M, d = 24, 40, 40, 30, 4
@@ -191,7 +190,7 @@ def test_never_holds_the_four_dimensional_tensor(way, monkeypatch):
         both(v, t, valid, a, w).sum().backward()
     maxima = 8 * I * max(L * T, T * M)                          # 64 bits for each (i,l,t) or (i,t,m)
     image = 4 * L * T * M                                       # the products of one image
-    assert largest.nbytes <= (max(maxima, image) if way == "fused" else maxima) < 4 * I * L * T * M / 10
+    assert largest.nbytes <= max(maxima, image) < 4 * I * L * T * M / 10
     with torch.no_grad(), Largest() as largest:
         both(v, t, valid, a, w)
     assert largest.nbytes <= max(4 * 2 ** 15, 8 * I * 8 * M)    # a tile, or the weighted maxima of a block
