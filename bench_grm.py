@@ -8,9 +8,8 @@ was held before, without gradients (MiB; on CPUs Linux only).
 similarity   pairs per second, captions as long as those of COCO 5K. Ratio: to "GEMM", one matrix product of
              the same tokens without padding.
 loss         all levels and their gradient, 577 tokens (384 px), batch 128; target: 300 MiB on a CPU.
-step         a training step and its parts by themselves. Ratio: to the step. "not encoders": heads,
-             similarity, loss and optimiser; target for vit_tiny: 0.15.
-training     on a GPU: steps with clipping and AdamW, as is, with gradient caching, and compiled.
+step         a training step with clipping and AdamW, all but its encoders, and on a GPU with gradient caching
+             and compiled. Ratio: to the step; target without the encoders: 0.15.
 evaluation   on a GPU: the similarity of COCO 5K on all levels; target: 15 s.
 
 A machine with a GPU measures that; CUDA_VISIBLE_DEVICES= measures its CPU.
@@ -210,85 +209,51 @@ def batch_of(size: int, pixels: int, device) -> dict:
             "image_ids": torch.arange(size, device=device)}
 
 
-def take_gradient(model, batch: dict, config: dict, device, micro_batch: int | None = None):
-    gradients(model, batch, lambda *features: model.loss(*features, config["loss"]), micro_batch,
-              runs.amp_context(config, device))
-
-
-def bench_step(report: Report, backbone: str, recipe, size: int, settings=(), device=CPU, repetitions=3):
+def bench_step(report: Report, backbone: str, recipe, size: int, settings=(), device=CPU, repetitions=3,
+               micro_batch: int | None = None, compiled=False):
     model, config = model_of(backbone, recipe, settings, device)
     amp, batch = runs.amp_context(config, device), batch_of(size, config["image"]["size"], device)
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
-
-    def image_encoder():
-        with amp:
-            tokens = model.image_encoder(batch["images"])
-        tokens.sum().backward()
-
-    def text_encoder():
-        with amp:
-            hidden, _ = model.text_encoder(batch["ids"], batch["valid"])
-        hidden.sum().backward()
-
-    learning = model.image_encoder, model.text_encoder
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-5, fused=True)
+    encoders = model.image_encoder, model.text_encoder
     with torch.no_grad(), amp:
-        tokens, words = learning[0](batch["images"]), learning[1](batch["ids"], batch["valid"])
+        tokens, words = encoders[0](batch["images"]), encoders[1](batch["ids"], batch["valid"])
+    recorded = [Recorded(encoder, output) for encoder, output in zip(encoders, (tokens, words))]
     for x in (tokens, *words):
         x.requires_grad_()
-    recorded = Recorded(learning[0], tokens), Recorded(learning[1], words)
 
-    def heads():
-        """The step with what the encoders gave in place of the encoders."""
-        model.image_encoder, model.text_encoder = recorded
-        take_gradient(model, batch, config, device)
-        model.image_encoder, model.text_encoder = learning
-
-    def optimise():
+    def step(micro_batch=None):
+        optimizer.zero_grad(set_to_none=False)       # the optimiser has all to do also without the encoders
+        gradients(model, batch, lambda *features: model.loss(*features, config["loss"]), micro_batch, amp)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 2.0)
         optimizer.step()
 
-    parts = {"image encoder": image_encoder, "text encoder": text_encoder, "heads, similarity, loss": heads}
-    gradient = {"clear": optimizer.zero_grad, "gradient": lambda: take_gradient(model, batch, config, device)}
-    after = {"optimiser": optimise, "clear again": optimizer.zero_grad}
-    seconds = take_turns(parts | gradient | after, device, repetitions)
-    sums = {"not encoders": "heads, similarity, loss", "whole step": "gradient"}
-    for name, part in sums.items():
-        seconds[name] = [a + b for a, b in zip(seconds[part], seconds["optimiser"])]
+    def not_encoders():
+        model.image_encoder, model.text_encoder = recorded
+        step()
+        model.image_encoder, model.text_encoder = encoders
+
+    ways, memory = {"step": step, "not encoders": not_encoders}, {}
+    if micro_batch:
+        ways[f"micro_batch {micro_batch}"] = lambda: step(micro_batch)
     report.section(f"step, {device.type}", f"{backbone}, recipe {config['recipe']}, batch {size}")
-    for name in (*parts, "optimiser", *sums):
-        milliseconds = 1000 * statistics.median(seconds[name])
-        report.row(f"{backbone}: {name}", "ms", milliseconds, ratio(seconds[name], seconds["whole step"]))
+    for name, way in ways.items():
+        try:
+            way()                                    # the first makes gradients and the optimiser's state
+            memory[name] = measure(way, device)[1]
+        except torch.OutOfMemoryError:
+            report.row(f"{backbone}: {name}: out of memory", "ms")
+    seconds = take_turns({name: ways[name] for name in memory}, device, repetitions)
+    if compiled:
+        compile_encoders(model)
+        first = f"compiled (first step {seconds_of(step, device):.0f} s)"
+        memory[first] = measure(step, device)[1]
+        seconds |= take_turns({first: step}, device, repetitions)
+    for name, taken in seconds.items():
+        share = ratio(taken, seconds["step"]) if "step" in seconds else None
+        report.row(f"{backbone}: {name}", "ms", 1000 * statistics.median(taken), share, memory[name])
 
 
 # ---- CUDA --------------------------------------------------------------------------------------------------
-def bench_training(report: Report, backbone: str, recipe, size: int, ways: dict, device, settings=BERT):
-    """Steps of random pairs; ways: {name: micro_batch, or "compile", which comes last}."""
-    model, config = model_of(backbone, recipe, settings, device)
-    batch = batch_of(size, config["image"]["size"], device)
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-5, fused=True)
-    report.section("training", f"{backbone}, recipe {config['recipe']}, batch {size}")
-    for name, way in ways.items():
-        if way == "compile":
-            compile_encoders(model)
-        micro_batch = way if way != "compile" else None
-
-        def step():
-            optimizer.zero_grad(set_to_none=True)
-            gradients(model, batch, lambda *features: model.loss(*features, config["loss"]), micro_batch,
-                      runs.amp_context(config, device))
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 2.0)
-            optimizer.step()
-
-        try:
-            first = seconds_of(step, device)
-            seconds = statistics.median(take_turns({"": step}, device, 5)[""])
-            memory = measure(step, device)[1]
-            row = f"{backbone}: {name} (first step {first:.0f} s)"
-            report.row(row, "images/s", size / seconds, None, memory)
-        except torch.cuda.OutOfMemoryError:
-            report.row(f"{backbone}: {name}: out of memory", "images/s")
-
-
 def bench_coco5k(report: Report, recipe, device):
     model, config = model_of("vit_micro", recipe, ["model.dim=512"], device)
     _, text, valid = features(1, 1, 25000, 512, device)
@@ -307,12 +272,10 @@ def bench_cuda(report: Report, recipe):
         bench_similarity(report, device, *shape)
     bench_loss(report, recipe, device)
     bench_coco5k(report, recipe, device)
-    for backbone in ("vit_b_224", "swin_b_224"):
-        bench_step(report, backbone, recipe, 128, BERT, device, 5)
     for backbone, size in (("vit_b_384", 256), ("swin_b_384", 128)):
-        bench_training(report, backbone, recipe, size, {"as is": None, "micro_batch 32": 32}, device)
+        bench_step(report, backbone, recipe, size, BERT, device, micro_batch=32)
     for backbone in ("vit_b_224", "swin_b_224"):
-        bench_training(report, backbone, recipe, 128, {"as is": None, "compiled": "compile"}, device)
+        bench_step(report, backbone, recipe, 128, BERT, device, 10, compiled=True)
 
 
 # ---- the command line --------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 import data
 import eval_grm
@@ -53,7 +53,7 @@ from ground_grm import grid_side, is_function_word, similarity_maps, token_indic
 
 # Pixels of a sheet, which is meant to be shown at half its size.
 PANEL, GAP, MARGIN, LINE, TEXT = 420, 24, 56, 50, 27
-INK, GREY = (30, 30, 34), (110, 110, 118)
+INK = 30, 30, 34
 HEAT = [(0, 0, 4), (40, 11, 84), (101, 21, 110), (159, 42, 99), (212, 72, 66), (245, 125, 21), (250, 193, 39),
         (252, 255, 164)]                                # colours from 0 to 1: matplotlib's inferno
 SHADE = [(255, 255, 255), (255, 190, 70)]               # the same for the mask of a word
@@ -159,21 +159,19 @@ def font_of(text):
     return ImageFont.load_default(TEXT)
 
 
-def draw_panels(panels, columns, font):
-    """(title, picture) of each panel, side by side."""
-    height = LINE + max(picture.height for _, picture in panels)
-    canvas = Image.new("RGB", (columns * (PANEL + GAP) - GAP, height), "white")
-    for column, (title, picture) in enumerate(panels):
-        x = column * (PANEL + GAP)
-        while font.getlength(title) > PANEL:
-            title = title[:-4] + "..."
-        ImageDraw.Draw(canvas).text((x, LINE / 2), title, INK, font, anchor="lm")
-        canvas.paste(picture, (x, LINE))
+def join(pieces, gap, down=False):
+    """Pictures side by side or under each other, on white."""
+    sizes = np.array([piece.size for piece in pieces])
+    size = np.where([not down, down], sizes.sum(0) + gap * (len(pieces) - 1), sizes.max(0)).tolist()
+    canvas, place = Image.new("RGB", size, "white"), 0
+    for piece in pieces:
+        canvas.paste(piece, (0, place) if down else (place, 0))
+        place += gap + piece.size[down]                                     # the height is size[1]
     return canvas
 
 
-def draw_caption(words, width, font):
-    """Every (word, mask), in as many lines as it takes."""
+def write(words, width, font):
+    """Every (word, colour of its ground), in as many lines as it takes."""
     places, x, y = [], 0, 0
     for word, _ in words:
         length = font.getlength(word) + 16
@@ -183,35 +181,9 @@ def draw_caption(words, width, font):
         x += length + 8
     canvas = Image.new("RGB", (width, y + LINE), "white")
     pen = ImageDraw.Draw(canvas)
-    for (word, mask), (x, y, length) in zip(words, places):
-        fill = tuple(colours(mask, SHADE).tolist())
-        pen.rounded_rectangle((x, y + 4, x + length, y + LINE - 4), 8, fill)
+    for (word, colour), (x, y, length) in zip(words, places):
+        pen.rounded_rectangle((x, y + 4, x + length, y + LINE - 4), 8, colour)
         pen.text((x + 8, y + LINE / 2), word, INK, font, anchor="lm")
-    return canvas
-
-
-def draw_legend(width, font):
-    """What the colours of maps and words mean."""
-    canvas = Image.new("RGB", (width, LINE), "white")
-    pen, x = ImageDraw.Draw(canvas), 0
-    for low, high, stops in (("least similar", "most", HEAT), ("mask of a word: 0", "1", SHADE)):
-        pen.text((x, LINE / 2), low, GREY, font, anchor="lm")
-        x += round(font.getlength(low)) + 12
-        bar = colours(np.linspace(0, 1, 120), stops)[None].repeat(16, 0)
-        canvas.paste(Image.fromarray(bar), (x, LINE // 2 - 8))
-        pen.text((x + 132, LINE / 2), high, GREY, font, anchor="lm")
-        x += 132 + round(font.getlength(high)) + 2 * GAP
-    return canvas
-
-
-def stack(pieces, gap, margin=0):
-    """Pieces of one width under each other."""
-    height = sum(piece.height + gap for piece in pieces) - gap
-    canvas = Image.new("RGB", (pieces[0].width + 2 * margin, height + 2 * margin), "white")
-    y = margin
-    for piece in pieces:
-        canvas.paste(piece, (margin, y))
-        y += piece.height + gap
     return canvas
 
 
@@ -219,18 +191,27 @@ def draw(rows):
     """The sheet of Rows."""
     font = font_of("".join(word for row in rows for word, _ in row.caption))
     columns = max(max(1 + len(row.words), min(len(row.regions), 5)) for row in rows)
-    blocks = []
+    width, blocks = columns * (PANEL + GAP) - GAP, []
+
+    def panel(title, picture):
+        while font.getlength(title) > PANEL - 16:
+            title = title[:-4] + "..."
+        return join([write([(title, "white")], PANEL, font), picture], 0, down=True)
+
     for row in rows:
         factor = PANEL / max(row.picture.size)
         size = [max(1, round(factor * side)) for side in row.picture.size]
         picture = row.picture.resize(size, Image.Resampling.LANCZOS)
-        words = [(title, heat_map(picture, heat)) for title, heat in row.words]
-        regions = [(title, heat_map(picture, heat)) for title, heat in row.regions]
-        first = draw_panels([("", picture), *words], columns, font)
-        lines = [first, draw_caption(row.caption, first.width, font)]
-        lines += [draw_panels(regions[n:n + columns], columns, font) for n in range(0, len(regions), columns)]
-        blocks.append(stack(lines, GAP // 2))
-    return stack([*blocks, draw_legend(blocks[0].width, font)], 2 * GAP, MARGIN)
+        panels = [panel("", picture), *(panel(title, heat_map(picture, heat)) for title, heat in row.words)]
+        regions = [panel(title, heat_map(picture, heat)) for title, heat in row.regions]
+        caption = write([(word, tuple(colours(mask, SHADE))) for word, mask in row.caption], width, font)
+        more = [join(regions[n:n + columns], GAP) for n in range(0, len(regions), columns)]
+        blocks.append(join([join(panels, GAP), caption, *more], GAP // 2, down=True))
+    heat, shade = ([(" ", tuple(colours(n / 7, stops))) for n in range(8)] for stops in (HEAT, SHADE))
+    legend = [("least similar", "white"), *heat, ("most", "white"),
+              ("mask of a word: 0", "white"), *shade, ("1", "white")]
+    sheet = join([*blocks, write(legend, width, font)], 2 * GAP, down=True)
+    return ImageOps.expand(sheet, MARGIN, "white")
 
 
 # ---- the command line --------------------------------------------------------------------------------------
