@@ -365,32 +365,19 @@ class PairSampler:
 
 class TrainPairs(torch.utils.data.Dataset):
     """(image, text, item seed) -> (image (3, H, W) float32, caption (2, M), image); the seed decides all.
-    mirrored: captions of flipped images, from mirror_tokens. skip_bad: where an image cannot be read, another
-    pair takes its place, with a warning."""
+    mirrored: captions of flipped images, from mirror_tokens."""
 
-    def __init__(self, split, captions, transform, augment, tokenizer, mirrored=None, skip_bad=False):
-        self.split, self.captions, self.mirrored = split, captions, mirrored or {}
-        self.transform, self.augment, self.skip_bad = transform, augment, skip_bad
+    def __init__(self, split, captions, transform, augment, tokenizer, mirrored):
+        self.split, self.captions, self.mirrored = split, captions, mirrored
+        self.transform, self.augment = transform, augment
         special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         self.mask_id = tokenizer.mask_token_id
         self.word_ids = np.array(sorted(set(tokenizer.get_vocab().values()) - special))
 
-    def load(self, image, text, seed, tries=10):
-        """-> (pixels, image, text), of the pair asked for or of one in its place."""
-        try:
-            return self.split.load_image(image, self.transform.size), image, text
-        except UserError as error:
-            if not self.skip_bad or not tries:
-                raise
-            warnings.warn(f"another pair takes its place: {error}")
-        other = int(np.random.default_rng([seed, tries]).integers(len(self.captions)))
-        return self.load(int(self.split.image_of_text[other]), other, seed, tries - 1)
-
     def __getitem__(self, item):
         image, text, seed = item
         rng = np.random.default_rng(seed)
-        pixels, image, text = self.load(image, text, seed)
-        caption = self.captions[text]
+        pixels, caption = self.split.load_image(image, self.transform.size), self.captions[text]
         if rng.random() < self.augment["flip"]:
             pixels, caption = ImageOps.mirror(pixels), self.mirrored.get(text, caption)
         rates = (self.augment[key] for key in ("word_drop", "word_mask", "word_random"))

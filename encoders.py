@@ -49,8 +49,29 @@ class ImageEncoder(nn.Module):
             tokens = tokens.flatten(1, 2) if nhwc else tokens.flatten(2).transpose(1, 2)
         return tokens
 
+    def pooled(self, tokens: Tensor) -> Tensor:
+        """What a model with a head for a space shared with texts makes of its tokens: (B, d)."""
+        return self.timm.forward_head(tokens)
 
-def build_image_encoder(config: dict, pretrained: bool, tried: bool = False) -> ImageEncoder:
+    def projection(self) -> nn.Module:
+        """A copy of what takes its tokens to that space."""
+        pool = getattr(self.timm, "attn_pool", None)
+        return copy.deepcopy(self.timm.head) if pool is None else EachAlone(copy.deepcopy(pool))
+
+
+class EachAlone(nn.Module):
+    """Applies a pooling head, as SigLIP's, to every token as if it were alone: (B, L, width) -> (B, L, d)."""
+
+    def __init__(self, pool: nn.Module):
+        super().__init__()
+        self.pool = pool
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.pool(tokens.flatten(0, 1)[:, None]).unflatten(0, tokens.shape[:2])
+
+
+def build_image_encoder(config: dict, pretrained: bool, tried: bool = False,
+                        joint: bool = False) -> ImageEncoder:
     """The encoder of the configuration's `image` block. UserError for a model that timm does not know or
     cannot build and, unless that was tried before, for one whose features are no patches."""
     size, name = config["size"], config["name"].removeprefix("hf-hub:").removeprefix("timm/")
@@ -58,7 +79,7 @@ def build_image_encoder(config: dict, pretrained: bool, tried: bool = False) -> 
     if not timm.is_model(name) or "." in name and name not in tagged:
         near = difflib.get_close_matches(name, tagged or timm.list_models(), 5, 0.3)
         raise UserError(f"image.name: timm has no model '{name}'; close: {', '.join(near) or 'none'}")
-    options = {"num_classes": 0, "img_size": size, **(config["options"] or {})}
+    options = {"img_size": size} | ({} if joint else {"num_classes": 0}) | (config["options"] or {})
     try:
         try:
             model = timm.create_model(name, **options)
@@ -123,38 +144,55 @@ def _timm_weights(name: str, cfg: dict) -> str:
 # ---- text --------------------------------------------------------------------------------------------------
 class TextEncoder(nn.Module):
     """The text part of a transformers model as a function of token ids (B, M) and valid (B, M), False on
-    padding -> the words in context (B, M, width), and the words by themselves, their embeddings
-    (B, M, embedding_width). config: the whole model's, by which build_text_encoder builds it again."""
+    padding -> the words in context (B, M, width), the words by themselves, their embeddings
+    (B, M, embedding_width), and, if `joint`, the captions in a space shared with images (B, d), else (B, 0).
 
-    def __init__(self, model: nn.Module, width: int, config: dict):
+    config: the whole model's, by which build_text_encoder builds it again. joint: CLIP's projection into that
+    space is `head`; SigLIP's is a part of the model, which reads the padding of a caption as it was trained.
+    """
+
+    def __init__(self, model: nn.Module, width: int, config: dict, pad_id: int, joint: bool = False,
+                 head: nn.Module | None = None):
         super().__init__()
-        self.hugging, self.width, self.config = model, width, config
+        self.hugging, self.width, self.config, self.pad_id = model, width, config, pad_id
+        self.joint, self.head = joint, head
         self.embedding_width = model.get_input_embeddings().embedding_dim
 
-    def forward(self, ids: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-        return self.hidden_states(ids, valid), self.hugging.get_input_embeddings()(ids)
+    def forward(self, ids: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        hidden, pooled = self.states(ids, valid)
+        return hidden, self.hugging.get_input_embeddings()(ids), pooled
 
-    def hidden_states(self, ids: Tensor, valid: Tensor) -> Tensor:
-        """(B, M, width). A CPU gains nothing from one large call, so it encodes four parts of similar length,
-        which hardly have any padding."""
-        if ids.device.type != "cpu" or len(ids) < 8:
-            return _states(self.hugging, ids, valid)
-        lengths = valid.sum(1)
-        order = lengths.argsort(stable=True)
-        parts = []
-        for rows in order.chunk(4):
-            longest = int(lengths[rows].max())
-            hidden = _states(self.hugging, ids[rows, :longest], valid[rows, :longest])
-            parts.append(F.pad(hidden, (0, 0, 0, ids.shape[1] - longest)))
-        return torch.cat(parts)[order.argsort()]
+    def projection(self) -> nn.Module:
+        """A copy of what takes its tokens to that space."""
+        return copy.deepcopy(self.head or self.hugging.head)
 
+    def states(self, ids: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, M, width) and (B, d). A CPU gains nothing from one large call, so it encodes four parts of
+        similar length, which hardly have any padding."""
+        length = ids.shape[1]
+        if self.joint and self.head is None:
+            longer = 0, self.hugging.config.max_position_embeddings - length
+            ids, valid = F.pad(ids, longer, value=self.pad_id), torch.ones_like(F.pad(valid, longer))
+        elif ids.device.type == "cpu" and len(ids) >= 8:
+            lengths, parts = valid.sum(1), []
+            order = lengths.argsort(stable=True)
+            for rows in order.chunk(4):
+                longest = int(lengths[rows].max())
+                hidden, pooled = self._states(ids[rows, :longest], valid[rows, :longest])
+                parts.append((F.pad(hidden, (0, 0, 0, length - longest)), pooled))
+            return tuple(torch.cat(x)[order.argsort()] for x in zip(*parts))
+        hidden, pooled = self._states(ids, valid)
+        return hidden[:, :length], pooled
 
-def _states(model: nn.Module, ids: Tensor, valid: Tensor) -> Tensor:
-    return model(input_ids=ids, attention_mask=valid.long()).last_hidden_state
+    def _states(self, ids: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        output = self.hugging(input_ids=ids, attention_mask=valid.long())
+        hidden = output.last_hidden_state
+        pooled = output.pooler_output if self.joint else hidden.new_zeros(len(ids), 0)
+        return hidden, self.head(pooled) if self.head else pooled
 
 
 def build_text_encoder(config: dict, pretrained: bool, vocab_size: int, pad_id: int,
-                       encoder_config: dict | None = None) -> TextEncoder:
+                       encoder_config: dict | None = None, joint: bool = False) -> TextEncoder:
     """The encoder of the configuration's `text` block. `name` is a hub name or a local folder.
 
     An untrained one is a BERT, or the model_type of `options`, with `options` and the tokeniser's vocabulary;
@@ -170,7 +208,11 @@ def build_text_encoder(config: dict, pretrained: bool, vocab_size: int, pad_id: 
             shape = transformers.AutoConfig.for_model(**shape)
             model = transformers.AutoModel.from_config(shape, dtype=torch.float32)
         part = _text_part(model).float()
-        rows, own = part.get_input_embeddings().num_embeddings, set(part.parameters())
+        head = getattr(model, "text_projection", None) if joint else None
+        require(not joint or head or hasattr(part, "head"), f"model.joint: text encoder '{name}' has no "
+                "projection into a space shared with images")
+        rows = part.get_input_embeddings().num_embeddings
+        own = {*part.parameters(), *(head or part).parameters()}
     except UserError:
         raise
     except Exception as error:
@@ -179,7 +221,8 @@ def build_text_encoder(config: dict, pretrained: bool, vocab_size: int, pad_id: 
     require(not lost, f"text.name: '{name}' has no weights for {', '.join(lost[:2])}: name another")
     require(rows >= vocab_size, f"text.name: the tokenizer needs {vocab_size} rows of embeddings, '{name}' "
             f"has {rows}: use its own tokenizer, or model.resize_token_embeddings({vocab_size}) and save it")
-    return TextEncoder(part, _try_captions(part, config["max_length"], pad_id), model.config.to_dict())
+    width = _try_captions(part, config["max_length"], pad_id)
+    return TextEncoder(part, width, model.config.to_dict(), pad_id, joint, head)
 
 
 def _untrained_config(options: dict, vocab_size: int, pad_id: int) -> dict:
@@ -223,7 +266,8 @@ def _try_captions(model: nn.Module, length: int, pad_id: int) -> int:
     def states(words: int, padding: int = 0) -> Tensor | str:                    # or what is wrong
         ids = torch.tensor([[word] * words + [pad_id] * padding])
         try:
-            return _states(model.eval(), ids, torch.arange(words + padding)[None] < words)[:, :words]
+            mask = torch.arange(words + padding)[None] < words
+            return model.eval()(input_ids=ids, attention_mask=mask.long()).last_hidden_state[:, :words]
         except Exception as error:
             return one_line(error)
 

@@ -53,9 +53,9 @@ def recall_at_k(similarity: Tensor, image_of_text: Tensor) -> dict[str, float]:
     """Retrieval figures of a similarity matrix (I, T), with image_of_text (T,) the image that each caption
     describes.
 
-    i2t_r1 ... t2i_r10 and their sum `rsum` in per cent; i2t_medr, t2i_medr median ranks (1 is best). An image
-    counts by its best caption, a tie counts against the model, images without a caption only distract.
-    FloatingPointError for a NaN, ValueError for shapes that do not fit.
+    i2t_r1 ... t2i_r10 and their sum `rsum` in per cent. An image counts by its best caption, a tie counts
+    against the model, images without a caption only distract. FloatingPointError for a NaN, ValueError for
+    shapes that do not fit.
     """
     similarity, image_of_text = torch.as_tensor(similarity), torch.as_tensor(image_of_text)
     images, texts = similarity.shape
@@ -79,8 +79,7 @@ def recall_at_k(similarity: Tensor, image_of_text: Tensor) -> dict[str, float]:
     i2t = i2t[torch.bincount(image_of_text, minlength=images) > 0]
     figures = {f"{way}_r{k}": 100 * (places <= k).double().mean().item()
                for way, places in (("i2t", i2t), ("t2i", t2i)) for k in RECALLS}
-    figures["rsum"] = sum(figures.values())
-    return figures | {"i2t_medr": float(np.median(i2t)), "t2i_medr": float(np.median(t2i))}
+    return figures | {"rsum": sum(figures.values())}
 
 
 def fold_figures(matrix: Tensor, image_of_text: Tensor, folds: int) -> dict[str, float]:
@@ -95,11 +94,9 @@ def fold_figures(matrix: Tensor, image_of_text: Tensor, folds: int) -> dict[str,
 
 def figures_table(results: dict[str, dict[str, float]]) -> str:
     """The figures as text, one row per level."""
-    columns = [f"{way}_{key}" for way in ("i2t", "t2i") for key in ("r1", "r5", "r10", "medr")] + ["rsum"]
-    heads = ["R@1", "R@5", "R@10", "MedR"] * 2 + ["rSum"]
-    lines = [f"{'':10}{'image to text':^32}{'text to image':^32}",
-             f"{'level':10}" + "".join(f"{head:>8}" for head in heads)]
-    lines += [f"{level:10}" + "".join(f"{row[column]:8.1f}" for column in columns)
+    heads = "".join(f"{head:>8}" for head in ["R@1", "R@5", "R@10"] * 2 + ["rSum"])
+    lines = [f"{'':10}{'image to text':^24}{'text to image':^24}", f"{'level':10}{heads}"]
+    lines += [f"{level:10}" + "".join(f"{value:8.1f}" for value in row.values())
               for level, row in results.items()]
     return "\n".join(lines)
 
@@ -146,8 +143,8 @@ class Matcher:
         batches = self.caption_batches(list(texts), batch_size, "sentences" if progress else None)
         longest = max(text.tokens.shape[1] for _, text in batches)
         order = torch.cat([indices for indices, _ in batches]).argsort()
-        padded = [TextFeatures(*(F.pad(x, (0, 0) * (x.ndim - 2) + (0, longest - x.shape[1])) for x in text))
-                  for _, text in batches]
+        padded = [TextFeatures(*(F.pad(x, (0, 0) * (x.ndim - 2) + (0, longest - x.shape[1]))
+                                 for x in text[:3]), text.pooled) for _, text in batches]
         return TextFeatures(*(torch.cat(x)[order] for x in zip(*padded)))
 
     @torch.no_grad()
@@ -157,7 +154,7 @@ class Matcher:
         texts = TextFeatures(*(x.to(self.device) for x in texts))
         rows = []
         for start in range(0, len(images.mask), 128):
-            some = ImageFeatures(*(x[start:start + 128].to(self.device) for x in images[:3]))
+            some = ImageFeatures(*(x[start:start + 128].to(self.device) for x in images[:4]))
             rows.append(self._similarity(some, texts)[level].float().cpu())
         return torch.cat(rows)
 

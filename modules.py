@@ -8,6 +8,9 @@ Shapes: B images or captions, L image tokens, M text tokens, d joint width, K re
     Eq. 7, three levels of similarity:  ori: T and V    key: T^ and V^    unc: T^ and U
     Eq. 8-13, the loss
 
+Encoders that share a space already, as CLIP's (`joint`): the projections to V and T start as their own, and a
+fourth level, glo, is the cosine of their own embeddings of image and caption.
+
 Settings of the configuration that are not the paper's (recipe `grm`) are values that the same lines read.
 """
 import math
@@ -17,10 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from data import require
 from encoders import ImageEncoder, TextEncoder, build_image_encoder, build_text_encoder
 from similarity import token_similarities, token_similarity
 
-LEVELS = ("ori", "key", "unc")
+LEVELS = ("ori", "key", "unc", "glo")
 
 
 # ---- Eq. 1: significance and granularity adapters ----------------------------------------------------------
@@ -197,10 +201,11 @@ def entropy_loss(scores: Tensor) -> Tensor:
 
 # ---- the model ---------------------------------------------------------------------------------------------
 class ImageFeatures(NamedTuple):
-    """An encoded batch of images. The first three enter the similarity."""
+    """An encoded batch of images. The first four enter the similarity."""
     tokens: Tensor                      # (B, L, d) V, brought to unit length
     mask: Tensor                        # (B, L)    A_V
     regions: Tensor                     # (B, K, d) U
+    pooled: Tensor                      # (B, d)    the image as a whole, unit length; (B, 0) if not joint
     mean: Tensor | None = None          # (B, 1, d) the mean of V^
     means: Tensor | None = None         # (B, K, d) mu
     log_var: Tensor | None = None       # (B, K, d) log sigma^2
@@ -213,10 +218,11 @@ class TextFeatures(NamedTuple):
     tokens: Tensor                      # (B, M, d) T, brought to unit length
     valid: Tensor                       # (B, M)    bool, the tokens that are aligned
     mask: Tensor                        # (B, M)    A_T
+    pooled: Tensor                      # (B, d)    the caption as a whole, unit length; (B, 0) if not joint
 
 
 class GRM(nn.Module):
-    """The whole model. levels: {"ori": a, "key": b, "unc": c}, Eq. 9; a level of weight 0 is not computed.
+    """The whole model. levels: {"ori": a, "key": b, "unc": c}, Eq. 9, and "glo"; of weight 0, not computed.
 
     The other arguments are the `model` block of configs.yaml, which explains each. Switched off, for
     ablations: image_mask and text_mask, every mask is 1; prompts, an image has one region, the mean of its
@@ -227,16 +233,16 @@ class GRM(nn.Module):
                  dim: int, num_prompts: int, tau: float, unit_tokens: bool, special_tokens: bool,
                  image_keep: float | None, text_keep: float | None, mask_acts_on: str, text_mask_reads: str,
                  prompt_scale: float | None, prior: str, image_mask: bool, text_mask: bool,
-                 prompts: bool, uncertainty: bool):
+                 prompts: bool, uncertainty: bool, joint: bool):
         super().__init__()
-        self.levels = levels
+        self.levels, self.joint = levels, joint
         self.unit_tokens, self.special_tokens = unit_tokens, special_tokens
         self.masked_tokens = mask_acts_on == "tokens"
         self.mask_reads_embeddings = text_mask_reads == "embeddings"
         self.class_tokens = image_encoder.class_tokens if special_tokens else 0
         self.image_encoder, self.text_encoder = image_encoder, text_encoder
-        self.image_proj = nn.Linear(image_encoder.width, dim)
-        self.text_proj = nn.Linear(text_encoder.width, dim)
+        self.image_proj = image_encoder.projection() if joint else nn.Linear(image_encoder.width, dim)
+        self.text_proj = text_encoder.projection() if joint else nn.Linear(text_encoder.width, dim)
         text_width = text_encoder.embedding_width if self.mask_reads_embeddings else dim
         self.image_adapter = SignificanceAdapter(dim, tau, image_keep) if image_mask else KeepAll()
         self.text_adapter = SignificanceAdapter(text_width, tau, text_keep) if text_mask else KeepAll()
@@ -252,6 +258,7 @@ class GRM(nn.Module):
     def encode_image(self, images: Tensor) -> ImageFeatures:
         """images (B, 3, H, W), normalised as the encoder expects."""
         encoded = self.image_encoder(images)                                   # (B, C + G*G, width)
+        pooled = self.image_encoder.pooled(encoded) if self.joint else encoded.new_zeros(len(encoded), 0)
         if not self.special_tokens:
             encoded = encoded[:, self.image_encoder.class_tokens:]
         V = self.image_proj(encoded)                                           # (B, L, d)
@@ -262,24 +269,26 @@ class GRM(nn.Module):
         regions, log_var = self.sampler(means, attention)                      # (B, K, d)    Eq. 4-6
         weight = torch.ones_like(mask) if weight is None else weight
         mean = (weight / weight.sum(1, keepdim=True).clamp_min(1e-6))[:, None].to(V) @ V         # (B, 1, d)
-        return ImageFeatures(tokens, mask, regions, mean, means, log_var, attention, scores)
+        pooled = F.normalize(pooled.float(), dim=-1)
+        return ImageFeatures(tokens, mask, regions, pooled, mean, means, log_var, attention, scores)
 
     def encode_text(self, ids: Tensor, valid: Tensor, words: Tensor) -> TextFeatures:
         """ids (B, M); valid (B, M) bool, False on padding; words (B, M) bool, the caption's own tokens."""
-        hidden, embeddings = self.text_encoder(ids, valid)
+        hidden, embeddings, pooled = self.text_encoder(ids, valid)
         T = self.text_proj(hidden)                                             # (B, M, d)
         aligned = valid if self.special_tokens else words
         # Ours judges words by themselves: in context, function words take up what is said around them.
         judged = F.layer_norm(embeddings, embeddings.shape[-1:]) if self.mask_reads_embeddings else T
         mask = self.text_adapter(judged, aligned)                              # (B, M)       Eq. 1
-        return TextFeatures(F.normalize(T.float(), dim=-1), aligned, mask)
+        tokens, pooled = (F.normalize(x.float(), dim=-1) for x in (T, pooled))
+        return TextFeatures(tokens, aligned, mask, pooled)
 
     def forward(self, images: Tensor, ids: Tensor, valid: Tensor,
                 words: Tensor) -> tuple[ImageFeatures, TextFeatures]:
         return self.encode_image(images), self.encode_text(ids, valid, words)
 
     def similarity(self, image: ImageFeatures, text: TextFeatures) -> dict[str, Tensor]:
-        """Eq. 7, (I, T) for every level that has a weight, and `combined`, their weighted sum, which ranks."""
+        """Eq. 7, (I, T) of every level that has a weight, and `combined`, their weighted sum, which ranks."""
         V, T, valid = image.tokens, text.tokens, text.valid
         V_hat, V_weight = self.masked(V, image.mask)
         T_hat, T_weight = self.masked(T, text.mask)
@@ -298,6 +307,8 @@ class GRM(nn.Module):
                 scores["ori"] = token_similarity(V, T, valid)
             if self.levels["key"]:
                 scores["key"] = token_similarity(V_hat, T_hat, valid, V_weight, T_weight)
+        if self.levels["glo"]:
+            scores["glo"] = image.pooled @ text.pooled.T
         scores = {level: scores[level] for level in LEVELS if level in scores}
         scores["combined"] = sum(self.levels[level] * scores[level] for level in scores)
         return scores
@@ -332,12 +343,18 @@ class GRM(nn.Module):
 def build_grm(config: dict, vocab_size: int, pad_id: int, encoder_config: dict | None = None,
               pretrained: bool = True) -> GRM:
     """The model of a configuration. pretrained=False loads nothing, for a checkpoint's weights to follow."""
-    image, text = config["image"], config["text"]
-    image_encoder = build_image_encoder(image, pretrained and image["pretrained"], tried=bool(encoder_config))
+    image, text, joint = config["image"], config["text"], config["model"]["joint"]
+    tried = bool(encoder_config)
+    image_encoder = build_image_encoder(image, pretrained and image["pretrained"], tried, joint)
     text_encoder = build_text_encoder(text, pretrained and text["pretrained"], vocab_size, pad_id,
-                                      encoder_config)
+                                      encoder_config, joint)
     levels = {level: config["loss"][level] for level in LEVELS}
-    return GRM(image_encoder, text_encoder, levels, **config["model"])
+    model = GRM(image_encoder, text_encoder, levels, **config["model"])
+    if joint:
+        widths = image_encoder.timm.num_classes or image_encoder.width, model.text_proj.out_features
+        require(set(widths) == {config["model"]["dim"]}, "model.dim must be the width of the joint space: "
+                f"image encoder {widths[0]}, text encoder {widths[1]}")
+    return model
 
 
 @torch.no_grad()

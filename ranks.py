@@ -120,7 +120,8 @@ def shared_loss(model: modules.GRM, image, text, image_ids: Tensor, loss: dict, 
     """GRM.loss for b of a batch's B pairs -> loss and terms, whose means over the ranks are the batch's."""
     valid, mask = (x[..., None].to(text.tokens) for x in (text.valid, text.mask))
     packed = gather(torch.cat([text.tokens, valid, mask], -1))             # (B, M, d + 2)
-    text = modules.TextFeatures(packed[..., :-2], packed[..., -2] > 0, packed[..., -1])
+    pooled = gather(text.pooled) if model.levels["glo"] else None
+    text = modules.TextFeatures(packed[..., :-2], packed[..., -2] > 0, packed[..., -1], pooled)
     rows = model.similarity(image, text)                                               # (b, B) for each level
     whole = gather(torch.stack(list(rows.values()), 1))                                    # (B, levels, B)
     ids = gather(image_ids)

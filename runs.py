@@ -23,14 +23,16 @@ from encoders import one_line
 
 SECTIONS = ("image", "text", "model", "loss", "augment", "data", "train")
 FREE = ("image.options", "text.options", "datasets")               # below these, --set may add keys
-# The least value of each setting. If it is a whole number, the value must be one too.
-AT_LEAST = {"train.epochs": 1, "train.max_steps": 1, "train.batch_size": 1, "train.micro_batch": 1,
-            "train.log_every": 1, "train.val_every": 1, "train.max_bad_steps": 1, "image.size": 1,
-            "text.max_length": 3, "model.dim": 1, "model.num_prompts": 1, "data.workers": 0, "train.seed": 0,
-            "train.warmup": 0.0, "train.weight_decay": 0.0, "train.save_minutes": 0.0,
-            "train.encoder_lr": 0.0, "train.adapter_lr": 0.0, "loss.ramp": 0.0}
-ABOVE_0 = ("model.tau", "model.prompt_scale", "loss.temperature", "train.lr", "train.clip")
-BETWEEN_0_AND_1 = ("model.image_keep", "model.text_keep")
+LIMITS = {                                                         # what a number must be, if it is not null
+    "a whole number of at least 1": (
+        lambda x: x >= 1 and isinstance(x, int), "image.size text.max_length model.dim model.num_prompts "
+        "train.epochs train.max_steps train.batch_size train.micro_batch train.log_every train.val_every "
+        "train.max_bad_steps"),
+    "a whole number of at least 0": (lambda x: x >= 0 and isinstance(x, int), "data.workers train.seed"),
+    "at least 0": (lambda x: x >= 0, "loss.ramp train.warmup train.weight_decay train.save_minutes "
+                                     "train.encoder_lr train.adapter_lr"),
+    "above 0": (lambda x: x > 0, "model.tau model.prompt_scale loss.temperature train.lr train.clip"),
+    "between 0 and 1": (lambda x: 0 < x < 1, "model.image_keep model.text_keep")}
 SIGHUP = getattr(signal, "SIGHUP", None)                           # Windows has none
 LOADER_SECONDS = 100                              # a data loader that gives nothing for so long is stuck
 CHOICES = {"loss.kind": ("triplet", "infonce"), "data.epoch": ("captions", "images"),
@@ -150,22 +152,18 @@ def check(config: dict, defaults: dict):
             must = isinstance(default, (int, float, list))         # what is null by default may be null
             require(config[section][name] is not None or not must,
                     f"{section}.{name} is null; it must have a value, as {default!r}")
-    for key, least in AT_LEAST.items():
-        value, whole = get(key), isinstance(least, int)
-        fits = is_number(value) and value >= least and not (whole and isinstance(value, float))
-        kind = "a whole number of at least" if whole else "at least"
-        require(fits or value is None, f"{key} is {value!r}; it must be {kind} {least}")
-    for key in (*ABOVE_0, *BETWEEN_0_AND_1):
-        value, below = get(key), 1 if key in BETWEEN_0_AND_1 else float("inf")
-        limits = "lie between 0 and 1" if key in BETWEEN_0_AND_1 else "be above 0"
-        require(value is None or is_number(value) and 0 < value < below,
-                f"{key} is {value!r}; it must {limits}")
+    for kind, (fits, keys) in LIMITS.items():
+        for key in keys.split():
+            value = get(key)
+            fine = value is None or is_number(value) and fits(value)
+            require(fine, f"{key} is {value!r}; it must be {kind}")
     for key, valid in CHOICES.items():
         require(get(key) in valid, f"{key} is '{get(key)}'; valid: {', '.join(valid)}")
     require(all(is_number(part) and 0 <= part <= 1 for part in get("train.milestones")),
             f"train.milestones is {get('train.milestones')!r}; it must list parts of training, from 0 to 1")
     require(any(get(f"loss.{level}") for level in modules.LEVELS),
             "loss.ori, loss.key and loss.unc are all 0: nothing is left to learn from")
+    require(not get("loss.glo") or get("model.joint"), "loss.glo needs model.joint=true and encoders for it")
 
 
 # ---- the run folder and its checkpoints --------------------------------------------------------------------

@@ -7,7 +7,6 @@ shape", and several phrases an object: one-to-many and many-to-one, with ground 
 """
 import itertools
 import math
-import re
 from collections import Counter
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -30,12 +29,9 @@ def ngon(n, radius=1.0):
 
 def heart():
     """x = sin^3 t, y = (13 cos t - 5 cos 2t - 2 cos 3t - cos 4t) / 17, upwards."""
-    corners = []
-    for x, y in ngon(40):
-        c = -y
-        cos_2t, cos_3t, cos_4t = 2 * c * c - 1, 4 * c ** 3 - 3 * c, 8 * c ** 4 - 8 * c * c + 1
-        corners.append((x ** 3, -(13 * c - 5 * cos_2t - 2 * cos_3t - cos_4t) / 17))
-    return corners
+    cosines = [[math.cos(2 * math.pi * k / 40 * n) for n in range(1, 5)] for k in range(40)]
+    heights = [(13 * a - 5 * b - 2 * c - d) / 17 for a, b, c, d in cosines]
+    return [(x ** 3, -height) for (x, _), height in zip(ngon(40), heights)]
 
 
 OUTLINES = {  # in units of the object's radius, y down
@@ -125,6 +121,8 @@ class Phrase:
     start: int
     end: int
     boxes: list[tuple[float, float, float, float]]  # x0, y0, x1, y1 in fractions of the image
+    number: int = 1  # of objects that it speaks of
+    said: tuple = ()  # what it says of them, as Object.say
 
 
 def relations(a, b):
@@ -151,7 +149,8 @@ def compose(objects, parts):
         text = part if isinstance(part, str) else noun_phrase(*part)
         if text is not part:
             boxes = [o.box for o in objects if o.fits(part[1])]
-            phrases.append(Phrase(text, len(caption), len(caption) + len(text), boxes))
+            number = {text: n for n, text in NUMBERS.items()}.get(part[0], 1)
+            phrases.append(Phrase(text, len(caption), len(caption) + len(text), boxes, number, part[1]))
         caption += text
     return caption, phrases
 
@@ -235,18 +234,10 @@ def scenes_of(part, count, size=64, seed=0):
 
 
 # ---- what a perfect reader reaches -------------------------------------------------------------------------
-def parse(phrase):
-    """"two red circles" -> 2, (None, "red", "circle")."""
-    number, *words = phrase.split()
-    words = [re.sub(r"(?<=cross)es$|(?<!s)s$", "", word) for word in words]  # without the plural's ending
-    said = [next((word for word in words if word in known), None) for known in (SIZES, COLOURS, OUTLINES)]
-    return {text: n for n, text in NUMBERS.items()}.get(number, 1), tuple(said)
-
-
 def reading(caption, phrases, objects):
     """-> a function that tells whether the caption is true of a scene's objects. Lists and counts leave none
     out. `objects`, which the caption was written for, tell whether its first phrase sums up the others."""
-    groups, total = [parse(phrase.text) for phrase in phrases], None
+    groups, total = [(phrase.number, phrase.said) for phrase in phrases], None
     after = caption[phrases[0].end:].removeprefix(" is").strip()
     stated = next((name for name, texts in RELATIONS.items() if after.startswith(texts)), None)
     if not stated and sum(n for n, _ in groups) != len(objects):

@@ -15,7 +15,8 @@ def parse_arguments(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, metavar="FILE", help="configs.yaml, or one of your own")
     parser.add_argument("--backbone", required=True, metavar="NAME",
-                        help="vit_b_224, vit_b_384, swin_b_224, swin_b_384, vit_tiny, vit_micro, or your own")
+                        help="vit_b_224, vit_b_384, swin_b_224, swin_b_384, clip_b_224, siglip_b_224, "
+                             "vit_tiny, vit_micro, or your own")
     parser.add_argument("--recipe", metavar="NAME", help="paper or grm (default: the backbone's)")
     parser.add_argument("--data", metavar="NAME",
                         help="coco, f30k, f8k, shapes, or your own (default: the backbone's)")
@@ -220,6 +221,8 @@ class Run:
     def build_model(self, last: dict | None):
         config, train = self.config, self.config["train"]
         pretrained = {f"{kind}_encoder": config[kind]["pretrained"] for kind in ("image", "text")}
+        if config["model"]["joint"]:                               # the projections are the encoders' own
+            pretrained |= {f"{kind}_proj": config[kind]["pretrained"] for kind in ("image", "text")}
         if last:
             self.tokenizer = encoders.tokenizer_from_state(last["tokenizer"])
         else:
@@ -243,7 +246,7 @@ class Run:
         captions = data.tokenize(self.tokenizer, texts, length)
         mirrored = data.mirror_tokens(self.tokenizer, texts, length)
         pairs = data.TrainPairs(self.train_split, captions, transform, config["augment"], self.tokenizer,
-                                     mirrored, config["data"]["skip_bad_images"])
+                                mirrored)
         self.sampler = data.PairSampler(self.train_split, train["batch_size"], config["data"]["epoch"],
                                         train["seed"], rank=self.rank, ranks=self.ranks)
         # Attention's kernels differ with what is left of a length divided by 8, and are compiled one by one.

@@ -406,35 +406,11 @@ def test_a_flipped_image_swaps_left_and_right_in_its_caption():
     assert seen == {True, False}
 
 
-def grey_pairs(folder, count):
-    """Image n is of grey n; its captions are the tokens 2n and 2n + 1."""
-    for n in range(count):
-        Image.new("RGB", (8, 8), (n, n, n)).save(folder / f"{n}.png")
-    split = data.FileSplit("mine", [f"{n}.png" for n in range(count)], [["a", "b"]] * count, folder)
+def test_an_image_that_vanishes_names_itself_also_from_a_worker(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "2.png")
+    split = data.FileSplit("mine", ["2.png"], [["a", "b"]], tmp_path)
     pairs = train_pairs(split, train=False)
-    pairs.captions = [np.array([[text], [1]], np.int32) for text in range(2 * count)]
-    return pairs
-
-
-def test_the_replacement_of_a_bad_image_is_the_seeds_and_a_whole_pair(tmp_path):
-    pairs = grey_pairs(tmp_path, 20)
-    pairs.skip_bad = True
-    (tmp_path / "3.png").unlink()  # after the files were looked for
-    with pytest.warns(UserWarning, match="another pair takes its place: .*3.png"):
-        found, again = ([pairs[3, 6, seed] for seed in range(30)] for _ in range(2))
-    for pixels, ids, image in found:
-        assert image != 3 and ids[0, 0] // 2 == image and (pixels * 255).round().eq(image).all()
-    assert len({image for *_, image in found}) > 10
-    assert [image for *_, image in found] == [image for *_, image in again]
-
-
-def test_an_image_that_vanishes_names_itself_also_if_too_many_do_and_from_a_worker(tmp_path):
-    pairs = grey_pairs(tmp_path, 3)
-    for n in range(3):
-        (tmp_path / f"{n}.png").unlink()
-    message(lambda: pairs[2, 4, 0], "2.png")
+    (tmp_path / "2.png").unlink()                     # after the files were looked for
+    message(lambda: pairs[0, 0, 0], "2.png")
     loader = DataLoader(data.EvalImages(pairs.split, pairs.transform), num_workers=1)
-    assert message(lambda: list(loader)).startswith(repr(str(tmp_path / "0.png")))
-    pairs.skip_bad = True
-    with pytest.warns(UserWarning, match="another pair"):
-        message(lambda: pairs[2, 4, 0], ".png")
+    assert message(lambda: list(loader)).startswith(repr(str(tmp_path / "2.png")))

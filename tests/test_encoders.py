@@ -55,7 +55,7 @@ def test_of_an_encoder_with_a_decoder_the_encoder_is_taken(tmp_path):
     ids = torch.tensor([[0, 7, 8, 9, 2]])
     with torch.no_grad():
         expected = model.float().model.encoder(input_ids=ids).last_hidden_state
-        for hidden, _ in (encoder(ids, ids >= 0), again(ids, ids >= 0)):
+        for hidden, *_ in (encoder(ids, ids >= 0), again(ids, ids >= 0)):
             torch.testing.assert_close(hidden, expected, rtol=0, atol=1e-6)
 
 
@@ -94,10 +94,10 @@ def test_a_long_batch_of_captions_is_encoded_as_each_alone():
     valid = torch.arange(12) < torch.randint(2, 13, (17, 1))
     ids = torch.randint(1, 40, (17, 12)) * valid
     with torch.no_grad():
-        hidden, embeddings = encoder(ids, valid)
+        hidden, embeddings, _ = encoder(ids, valid)
         for row in range(17):
             own = valid[row]
-            alone, words = encoder(ids[row:row + 1, own], valid[row:row + 1, own])
+            alone, words, _ = encoder(ids[row:row + 1, own], valid[row:row + 1, own])
             torch.testing.assert_close(hidden[row, own], alone[0], rtol=0, atol=1e-5)
             torch.testing.assert_close(embeddings[row, own], words[0])
 

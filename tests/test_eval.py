@@ -31,7 +31,7 @@ def sorted_ranks(similarity, owner):
 
 
 @pytest.mark.parametrize("ties", [False, True])
-def test_recalls_and_median_ranks_equal_a_full_sort(ties):
+def test_recalls_equal_a_full_sort(ties):
     rng = np.random.default_rng(0)
     owner = np.sort(rng.integers(0, 30, 90))                   # any number of captions an image, also none
     s = rng.normal(size=(30, 90)) + 1.5 * (owner[None] == np.arange(30)[:, None])
@@ -40,14 +40,13 @@ def test_recalls_and_median_ranks_equal_a_full_sort(ties):
     for way, ranks in zip(("i2t", "t2i"), sorted_ranks(s, owner)):
         for k in (1, 5, 10):
             assert figures[f"{way}_r{k}"] == pytest.approx(100 * (ranks <= k).mean())
-        assert figures[f"{way}_medr"] == np.median(ranks)
     recalls = [figures[f"{way}_r{k}"] for way in ("i2t", "t2i") for k in (1, 5, 10)]
     assert figures["rsum"] == pytest.approx(sum(recalls))
 
 
 def test_a_constant_similarity_finds_nothing_and_a_perfect_one_all():
     figures = recall_at_k(torch.zeros(20, 40), torch.arange(20).repeat_interleave(2))
-    assert figures["rsum"] == 0 and figures["t2i_medr"] == 20
+    assert set(figures.values()) == {0}
     owner = torch.arange(600)                                      # more images than are counted at a time
     assert recall_at_k(torch.eye(600), owner)["rsum"] == 600
     assert recall_at_k(torch.eye(600).roll(1, 0), owner)["t2i_r1"] == 0
@@ -174,7 +173,7 @@ def test_evaluation_prints_every_level_and_writes_metrics(run_folder, grm, tmp_p
     assert report == {"checkpoint": str(run_folder / "best.pt"), "recipe": "grm", "step": 2,
                       "split": "shapes", "images": 32, "captions": 160, "folds": 1}
     assert set(expected["combined"]) == {f"{way}_{key}" for way in ("i2t", "t2i")
-                                         for key in ("r1", "r5", "r10", "medr")} | {"rsum"}
+                                         for key in ("r1", "r5", "r10")} | {"rsum"}
 
 
 def test_limit_and_slices_take_some_images_and_their_captions(run_folder, tmp_path, capsys):

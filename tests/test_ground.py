@@ -106,14 +106,15 @@ class Knows:
         regions = torch.eye(8)[[1, 0, 0, 2]]
         regions[0] = torch.tensor([6, 8, 0, 0, 0, 0, 0, 0])                 # longer, but less like the words
         variance = torch.tensor([100, i + 1, 100, 100])[:, None].expand(4, 8) / 8       # the prior's is 1 / 8
-        return likeness[:, None] * torch.eye(8)[0], mask, regions, regions[:1], regions, variance.log()
+        tokens, nothing = likeness[:, None] * torch.eye(8)[0], torch.zeros(0)
+        return tokens, mask, regions, nothing, regions[:1], regions, variance.log()
 
     def encode_texts(self, texts):
         ids, _, words = data.pad(data.tokenize(self.tokenizer, texts, 64), self.tokenizer.pad_token_id)
         told = [self.tokenizer.convert_ids_to_tokens(row) for row in ids.tolist()]
         content = torch.tensor([[not ground_grm.is_function_word(word) for word in row] for row in told])
         mask = (content == self.right).float() * words
-        return modules.TextFeatures(torch.eye(8)[0].expand(*ids.shape, 8), words, mask + 1e-3 * words)
+        return modules.TextFeatures(torch.eye(8)[0].expand(*ids.shape, 8), words, mask + 1e-3 * words, None)
 
 
 def scenes(config, count=None):

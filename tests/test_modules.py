@@ -299,11 +299,11 @@ def test_switched_off_adapters_keep_every_valid_token():
 
 def test_diagnostics_tell_collapsed_regions_from_distinct_ones():
     tokens, valid = unit(2, 6, 8).float(), torch.ones(2, 3, dtype=torch.bool)
-    text = TextFeatures(unit(2, 3, 8).float(), valid, torch.tensor([[0., 1., 0.], [1., 0., 1.]]))
+    text = TextFeatures(unit(2, 3, 8).float(), valid, torch.tensor([[0., 1., 0.], [1., 0., 1.]]), None)
 
     def figures(means):
         attention, log_var = torch.full((2, 6, 3), 1 / 6), torch.full((2, 3, 8), -math.log(8))
-        image = ImageFeatures(tokens, torch.rand(2, 6), means, means, means, log_var, attention)
+        image = ImageFeatures(tokens, torch.rand(2, 6), means, None, means, means, log_var, attention)
         return diagnostics(image, text)
 
     same, apart = figures(torch.ones(2, 3, 8)), figures(torch.eye(8)[:3].expand(2, 3, 8))

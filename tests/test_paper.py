@@ -43,7 +43,7 @@ def setting(request):
     place = torch.arange(M)
     valid, words = place < lengths, (place > 0) & (place < lengths - 1)          # [CLS] words [SEP] padding
     levels = {level: config["loss"][level] for level in modules.LEVELS}
-    model = modules.GRM(Given(patches), Given(hidden, hidden), levels, **config["model"])
+    model = modules.GRM(Given(patches), Given(hidden, hidden, hidden[:, 0, :0]), levels, **config["model"])
     for parameter in model.parameters():                    # no weight may stay at a special value, such as 0
         parameter.data += 0.5 * torch.randn(parameter.shape, generator=generator)
     for fixed in (model.region_prompts.log_scale, model.region_prompts.bias):

@@ -22,7 +22,8 @@ CASES = {                                # recipe, settings, pairs, pairs encode
     "uneven": ("grm", [], 63, None, 1.0),
     "one rank in parts, one whole": ("grm", [], 63, 31, 1.0), "triplet": ("grm", RAMP, 64, None, 1.0),
     "triplet, in its ramp": ("grm", RAMP, 64, None, 0.1), "recipe paper": ("paper", [], 63, None, 1.0),
-    "recipe paper, in its ramp and in parts": ("paper", [], 63, 12, 0.5 / 30)}
+    "recipe paper, in its ramp and in parts": ("paper", [], 63, 12, 0.5 / 30),
+    "glo": ("grm", [], 63, 12, 1.0)}
 
 
 def silent_run(recipe, sets, rank, count):
@@ -42,7 +43,10 @@ def loss_and_gradient(case, rank, count):
     own = slice(size * rank // count, size * (rank + 1) // count)
     batch, tokenizer = some_pairs(run.config, items[own])
     torch.manual_seed(0)
-    run.model = modules.build_grm(run.config, len(tokenizer), 0).eval()
+    run.model = model = modules.build_grm(run.config, len(tokenizer), 0).eval()
+    if case == "glo":                                            # some embeddings of the whole
+        model.joint, model.levels["glo"], model.image_encoder.pooled = True, 0.4, lambda tokens: tokens.mean(1)
+        model.text_encoder.joint, model.text_encoder.head = True, torch.nn.Identity()
     loss, terms, _, _ = run.gradients(batch, progress)
     gradient = {name: p.grad for name, p in run.model.named_parameters() if p.grad is not None}
     return {"loss": loss} | terms, gradient

@@ -71,8 +71,8 @@ FAMILIES = {
 }
 
 
-def save_folder(family, folder):
-    """Writes tokeniser and model -> the model's text part."""
+def save_folder(family, folder, **settings):
+    """Writes tokeniser and model, which has more settings -> the model's text part."""
     name, place, build, marks, template, padding, side, more = FAMILIES[family]
     tokenizer = build(marks)
     tokenizer.add_special_tokens(marks)
@@ -81,9 +81,9 @@ def save_folder(family, folder):
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=padding, padding_side=side).save_pretrained(folder)
     size = SIZE | {"vocab_size": tokenizer.get_vocab_size(), "pad_token_id": padding and marks.index(padding)}
-    size = {"text_config": size} if more is TOWERS else size
+    size = {"text_config": size | {"eos_token_id": 1}} if more is TOWERS else size
     torch.manual_seed(0)
-    model = getattr(transformers, name)(transformers.AutoConfig.for_model(family, **size, **more)).eval()
+    model = getattr(transformers, name)(transformers.AutoConfig.for_model(family, **size, **more, **settings)).eval()
     model.save_pretrained(folder)
     return model.get_submodule(place)
 
@@ -112,7 +112,7 @@ def test_a_text_encoder_of_this_family_is_read_trained_and_restored(family, tmp_
     ids = torch.from_numpy(captions[0][:1]).long()
     with torch.no_grad():
         hidden = text_part(input_ids=ids).last_hidden_state
-        torch.testing.assert_close(read.eval().hidden_states(ids, ids >= 0), hidden, rtol=0, atol=1e-5)
+        torch.testing.assert_close(read.eval().states(ids, ids >= 0)[0], hidden, rtol=0, atol=1e-5)
 
     # It trains.
     assert run_train("--backbone", "vit_micro", "--out", tmp_path / "run", "--set", *TINY,
@@ -133,4 +133,4 @@ def test_a_text_encoder_of_this_family_is_read_trained_and_restored(family, tmp_
     grm.model.text_encoder, grm.tokenizer = read, tokenizer
     for restored, expected in zip(together, grm.encode_texts(3 * CAPTIONS)):
         assert torch.equal(restored, expected)
-    assert not torch.equal(read.hidden_states(ids, ids >= 0), hidden)
+    assert not torch.equal(read.states(ids, ids >= 0)[0], hidden)
