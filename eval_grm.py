@@ -161,19 +161,18 @@ class Matcher:
     # Whole splits: images are scored as they are encoded, so that only the captions' tokens and the result
     # are held.
 
-    def evaluate(self, split: data.Split, folds=(1,), batch_size: int = 128, progress: bool = True) -> list:
-        """{level: figures} of a split for each number of folds. With f folds the images are cut into f
-        consecutive groups that are scored alone, and the figures are the mean. FloatingPointError if the
-        similarity has a NaN."""
+    def evaluate(self, split: data.Split, folds: int = 1, batch_size: int = 128, progress=True) -> dict:
+        """{level: figures} of a split. With f folds the images are cut into f consecutive groups that are
+        scored alone, and the figures are the mean. FloatingPointError if the similarity has a NaN."""
         title = split.name if progress else None
         texts = self.caption_batches(split.texts, 4 * batch_size, title)
         rows = self.score_rows(split, range(len(split)), texts, batch_size, title)
         return self.figures(rows, split, folds)
 
-    def figures(self, rows: dict[str, Tensor], split: data.Split, folds=(1,)) -> list[dict]:
+    def figures(self, rows: dict[str, Tensor], split: data.Split, folds: int) -> dict:
+        require(folds <= len(split), f"{split.name} is a mean of {folds} folds: take at least {folds} images")
         owner = torch.as_tensor(split.image_of_text)
-        return [{level: fold_figures(matrix, owner, count) for level, matrix in rows.items()}
-                for count in folds]
+        return {level: fold_figures(matrix, owner, folds) for level, matrix in rows.items()}
 
     @torch.no_grad()
     def caption_batches(self, texts: list, batch_size: int, title: str | None = None,
@@ -248,9 +247,8 @@ def main(args):
     checkpoint = runs.load_checkpoint(path)
     split, datasets, _ = split_of(args, checkpoint["config"])
     folds = data.split_names(datasets)[split.name.split("[")[0]][2]
-    require(folds <= len(split), f"{split.name} is the mean of {folds} folds: take at least {folds} images")
     grm = load(path)
-    results, = grm.evaluate(split, [folds], args.batch_size)
+    results = grm.evaluate(split, folds, args.batch_size)
     print(describe(split.name, split, folds))
     print(figures_table(results))
     if args.out:

@@ -55,7 +55,7 @@ class SharedRun:
         return tuple(bool(flag) for flag in flags.tolist())
 
     # ---- evaluation: each rank encodes a share of the captions and scores a share of the images ------------
-    def evaluate(self, split, folds=(1,)):
+    def evaluate(self, split, folds=1):
         matcher = self.matcher()
         title = split.name if self.rank == 0 and self.progress else None
         own = slice(self.rank, None, self.ranks)

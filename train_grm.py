@@ -169,7 +169,7 @@ class Run:
 
     def validate(self):
         started = time.perf_counter()
-        results, = self.evaluate(self.val_split)
+        results = self.evaluate(self.val_split)
         rsum = results["combined"]["rsum"]
         self.log({"epoch": self.sampler.epoch, "val_split": self.val_split.name, "val_rsum": rsum,
                   "val": results, "train_seconds": round(self.trained, 1)})
@@ -185,27 +185,23 @@ class Run:
     def matcher(self) -> eval_grm.Matcher:
         return eval_grm.Matcher(self.model, self.tokenizer, self.config, self.device)
 
-    def evaluate(self, split: data.Split, folds=(1,)) -> list[dict]:
+    def evaluate(self, split: data.Split, folds: int = 1) -> dict:
         return self.matcher().evaluate(split, folds, progress=self.progress)
 
     def test(self):
         """The table of best.pt on the test split or, where the data has none, on the validation split."""
         self.load_best()
         try:
-            names = data.splits_of(self.names, self.config["data"]["name"], "test")
-            split, what = self.load_split(names[0]), "test"
+            name = data.splits_of(self.names, self.config["data"]["name"], "test")[0]
+            split, what = self.load_split(name), "test"
         except UserError as error:
             self.say(f"no test split ({error}): this is the validation split, on which best.pt was chosen")
-            names, split, what = [self.val_split.name], self.val_split, "validation"
-        folds = {name: self.names[name.split("[")[0]][2] for name in names}
-        folds = {name: count for name, count in folds.items() if count <= len(split)}
-        tables = dict(zip(folds, self.evaluate(split, list(folds.values()))))
-        for name, results in tables.items():
-            self.say(f"\nbest.pt (step {self.step}) on {eval_grm.describe(name, split, folds[name])}\n"
-                     f"{eval_grm.figures_table(results)}")
-            self.log({"test_split": name, "test": results})
-        rsums = ", ".join(f"{results['combined']['rsum']:.1f} ({name})" for name, results in tables.items())
-        self.say(f"{what} rSum {rsums}")
+            split, what = self.val_split, "validation"
+        folds = self.names[split.name.split("[")[0]][2]
+        results = self.evaluate(split, folds)
+        self.log({"test_split": split.name, "test": results})
+        self.say(f"\nbest.pt (step {self.step}) on {eval_grm.describe(split.name, split, folds)}\n"
+                 f"{eval_grm.figures_table(results)}\n{what} rSum {results['combined']['rsum']:.1f}")
 
     # ---- its parts -----------------------------------------------------------------------------------------
     def load_data(self):

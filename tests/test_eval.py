@@ -79,8 +79,8 @@ def matcher(tiny_model, tiny_config):
 
 def test_folds_are_the_mean_over_consecutive_groups(matcher):
     matcher, split = matcher
-    whole, folded = matcher.evaluate(split, (1, 4), progress=False)
-    parts = [matcher.evaluate(split.subset(slice(a, a + 8)), progress=False)[0] for a in range(0, 32, 8)]
+    whole, folded = (matcher.evaluate(split, folds, progress=False) for folds in (1, 4))
+    parts = [matcher.evaluate(split.subset(slice(a, a + 8)), progress=False) for a in range(0, 32, 8)]
     for level in LEVELS:
         assert folded[level]["rsum"] == pytest.approx(np.mean([part[level]["rsum"] for part in parts]))
     assert folded["combined"]["t2i_r10"] > whole["combined"]["t2i_r10"]            # fewer distractors, easier
@@ -168,7 +168,7 @@ def test_evaluation_prints_every_level_and_writes_metrics(run_folder, grm, tmp_p
     assert "shapes: 32 images, 160 captions" in printed and all(word in printed for word in (*LEVELS, "rSum"))
     assert [path.name for path in (tmp_path / "report").iterdir()] == ["metrics.json"]
     report = json.loads((tmp_path / "report" / "metrics.json").read_text())
-    expected, = grm.evaluate(data.load_split("shapes", grm.config["datasets"], ""), progress=False)
+    expected = grm.evaluate(data.load_split("shapes", grm.config["datasets"], ""), progress=False)
     assert report.pop("levels") == expected and list(expected) == LEVELS
     assert report == {"checkpoint": str(run_folder / "best.pt"), "recipe": "grm", "step": 2,
                       "split": "shapes", "images": 32, "captions": 160, "folds": 1}

@@ -45,7 +45,8 @@ def loss_and_gradient(case, rank, count):
     torch.manual_seed(0)
     run.model = model = modules.build_grm(run.config, len(tokenizer), 0).eval()
     if case == "glo":                                            # some embeddings of the whole
-        model.joint, model.levels["glo"], model.image_encoder.pooled = True, 0.4, lambda tokens: tokens.mean(1)
+        model.joint, model.levels["glo"] = True, 0.4
+        model.image_encoder.pooled = lambda tokens: tokens.mean(1)
         model.text_encoder.joint, model.text_encoder.head = True, torch.nn.Identity()
     loss, terms, _, _ = run.gradients(batch, progress)
     gradient = {name: p.grad for name, p in run.model.named_parameters() if p.grad is not None}
@@ -53,7 +54,7 @@ def loss_and_gradient(case, rank, count):
 
 
 def evaluated(recipe, rank, count):
-    """-> the figures of 13 images in one and in two folds, and which images this rank read."""
+    """-> the figures of 13 images in two folds, and which images this rank read."""
     run = silent_run(recipe, [], rank, count)
     split = data.load_split("shapes", run.config["datasets"], "").subset(slice(13))
     run.tokenizer = encoders.load_tokenizer(None, split.texts)
@@ -61,7 +62,7 @@ def evaluated(recipe, rank, count):
     run.model = modules.build_grm(run.config, len(run.tokenizer), 0)
     read, load_image = [], split.load_image
     split.load_image = lambda i, size=None: read.append(i) or load_image(i, size)
-    return run.evaluate(split, (1, 2)), read
+    return run.evaluate(split, 2), read
 
 
 def train(out, *flags, stop_at=None):

@@ -15,7 +15,7 @@ import runs
 from data import UserError
 
 BACKBONES = {"vit_b_224": "paper", "vit_b_384": "paper", "swin_b_224": "paper", "swin_b_384": "paper",
-             "clip_b_224": "grm", "siglip_b_224": "grm", "vit_tiny": "grm", "vit_micro": "grm"}            # their default recipes
+             "clip_b_224": "grm", "siglip_b_224": "grm", "vit_tiny": "grm", "vit_micro": "grm"}
 
 
 def setting(key, *names, path=CONFIG, **more):

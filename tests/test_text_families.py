@@ -71,8 +71,8 @@ FAMILIES = {
 }
 
 
-def save_folder(family, folder, **settings):
-    """Writes tokeniser and model, which has more settings -> the model's text part."""
+def save_folder(family, folder):
+    """Writes tokeniser and model -> the model's text part."""
     name, place, build, marks, template, padding, side, more = FAMILIES[family]
     tokenizer = build(marks)
     tokenizer.add_special_tokens(marks)
@@ -83,7 +83,7 @@ def save_folder(family, folder, **settings):
     size = SIZE | {"vocab_size": tokenizer.get_vocab_size(), "pad_token_id": padding and marks.index(padding)}
     size = {"text_config": size | {"eos_token_id": 1}} if more is TOWERS else size
     torch.manual_seed(0)
-    model = getattr(transformers, name)(transformers.AutoConfig.for_model(family, **size, **more, **settings)).eval()
+    model = getattr(transformers, name)(transformers.AutoConfig.for_model(family, **size, **more)).eval()
     model.save_pretrained(folder)
     return model.get_submodule(place)
 

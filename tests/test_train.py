@@ -168,7 +168,7 @@ def test_every_backbone_trains_a_step_and_evaluates(backbone, tokens, recipe, co
     assert run_train("--backbone", backbone, "--recipe", recipe, "--data", "coco", "--set", *sets) is None
     assert run_eval("--ckpt", "best.pt", "--split", "coco5k", "--limit", 4) is None
     printed = capsys.readouterr().out
-    assert "on coco5k: 5 images" in printed and "on coco1k: 5 images, 25 captions, mean of 5 folds" in printed
+    assert "on coco5k: 5 images, 25 captions" in printed
     assert "test rSum" in printed and f"checkpoint: runs/{backbone}-coco/best.pt" in printed
     assert "4 images, 20 captions" in printed
     model, _ = runs.model_from_checkpoint(runs.load_checkpoint(f"runs/{backbone}-coco/best.pt"))
