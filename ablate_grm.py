@@ -190,11 +190,10 @@ def read(path: Path) -> dict:
 
 
 def evidence(grounding: dict) -> dict[str, float | None]:
-    """The columns of grounding.json."""
-    pointing, variance = grounding["pointing"], grounding["variance_difference"]
-    return {"pointing, words": pointing["words"], "pointing, masks": pointing["masks"],
-            "AUC image": grounding["image_mask_auc"], "AUC text": grounding["text_mask_auc"],
-            "cosine": grounding["region_cosine"], "variance": variance and variance[0]}
+    """The columns of grounding.json; of an interval, its mean."""
+    columns = "pointing, words", "pointing, masks", "AUC image", "AUC text", "cosine", "variance"
+    figures = {column: grounding[column] for column in columns}
+    return {column: figure[0] if isinstance(figure, list) else figure for column, figure in figures.items()}
 
 
 def file_name(text: str) -> str:
@@ -298,20 +297,14 @@ def read_table(path: Path) -> dict:
         table = read(path)
     except ValueError:
         table = {}
-    keys = ("title", "conclusion", "command", "commit", "versions", "machine", "columns", "rows")
-    missing = [key for key in keys if key not in table]
-    require(not missing, f"'{path}' is no table, without {', '.join(missing)}: write it anew with --json")
+    require({"title", "command", "rows"} <= table.keys(), f"'{path}' is no table: write it anew with --json")
     return table
 
 
 def shown_command(name: str, argv: list[str], data_root: str | None = None) -> str:
-    """A command without paths of this machine: the data root is DATA, others are relative, or their end."""
-    def shorten(match):
-        path = Path(match[0])
-        return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else Path(*path.parts[-2:]))
-
-    words = [re.sub(r"(?:^|(?<=[=,\[{ ]))/[^,\]}]+", shorten, "DATA" if word == data_root else word)
-             for word in argv]
+    """A command without paths of this machine: the data root is DATA, of others the last two parts stay."""
+    folders = r"(?:^|(?<=[=,\[{ ]))/(?:[^/,\]}]+/)*(?=[^/,\]}]+/[^/,\]}]+)"
+    words = ["DATA" if word == data_root else re.sub(folders, "", word) for word in argv]
     return shlex.join(["python", name, *words])
 
 

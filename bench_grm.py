@@ -1,18 +1,14 @@
-"""The speed and memory of this code on this machine, in one table. Nothing to download.
+"""The speed and memory of this code on this machine, a GPU's if there is one. Nothing to download.
 
     python bench_grm.py
 
-A ratio is the median over repetitions in which the things compared take turns. Memory is the peak beyond what
-was held before, without gradients (MiB; on CPUs Linux only).
-
-similarity   pairs per second, captions as long as those of COCO 5K. Ratio: to "GEMM", one matrix product of
-             the same tokens without padding.
-loss         all levels and their gradient, 577 tokens (384 px), batch 128; target: 300 MiB on a CPU.
-step         a training step with clipping and AdamW, all but its encoders, and on a GPU with gradient caching
-             and compiled. Ratio: to the step; target without the encoders: 0.15.
+similarity   captions as long as COCO's. Ratio: to "GEMM", one matrix product of the same tokens, no padding.
+loss         all levels and their gradient, 577 tokens (384 px), batch 128; target: 300 MiB.
+step         with clipping and AdamW; without its encoders; on a GPU with gradient caching and compiled.
+             Ratio: to the step; target without the encoders: 0.15.
 evaluation   on a GPU: the similarity of COCO 5K on all levels; target: 15 s.
 
-A machine with a GPU measures that; CUDA_VISIBLE_DEVICES= measures its CPU.
+What is compared takes turns. MiB: the peak beyond what was held before, without gradients.
 """
 import argparse
 import sys

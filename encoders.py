@@ -13,7 +13,6 @@ import os
 import urllib.error
 import urllib.request
 import warnings
-from collections import Counter
 
 import huggingface_hub
 import timm
@@ -22,7 +21,7 @@ import torch.nn.functional as F
 import transformers
 from huggingface_hub import constants
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 
 from data import UserError, require
@@ -322,15 +321,13 @@ def build_tokenizer(captions):
     """Lower-case words and punctuation; the vocabulary is every word of the captions, frequent ones first."""
     special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]",
                "mask_token": "[MASK]"}
-    normalizer, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
-    counts = Counter(word for text in captions
-                     for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text)))
-    words = sorted(counts, key=lambda word: (-counts[word], word))
-    ids = {word: i for i, word in enumerate([*special.values(), *words])}
-    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="[UNK]"))
-    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter
+    tokenizer = Tokenizer(models.WordLevel(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.train_from_iterator(captions, trainers.WordLevelTrainer(
+        vocab_size=10 ** 9, special_tokens=[*special.values()], show_progress=False))
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[(mark, ids[mark]) for mark in ("[CLS]", "[SEP]")])
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 

@@ -45,8 +45,6 @@ import runs
 from data import require
 from modules import LEVELS, ImageFeatures, TextFeatures
 
-RECALLS = (1, 5, 10)
-
 
 # ---- the figures -------------------------------------------------------------------------------------------
 def recall_at_k(similarity: Tensor, image_of_text: Tensor) -> dict[str, float]:
@@ -78,7 +76,7 @@ def recall_at_k(similarity: Tensor, image_of_text: Tensor) -> dict[str, float]:
     i2t, t2i = i2t - own_above, t2i - 1                          # what is right does not count against itself
     i2t = i2t[torch.bincount(image_of_text, minlength=images) > 0]
     figures = {f"{way}_r{k}": 100 * (places <= k).double().mean().item()
-               for way, places in (("i2t", i2t), ("t2i", t2i)) for k in RECALLS}
+               for way, places in (("i2t", i2t), ("t2i", t2i)) for k in (1, 5, 10)}
     return figures | {"rsum": sum(figures.values())}
 
 

@@ -2,8 +2,13 @@
 
     python ground_grm.py --ckpt best.pt --split shapes
 
-A phrase looks where its map over the patches l is highest, m(l) = sum_m w_m <v_l, t_m> / sum_m w_m over its
-tokens m. `words`: they weigh alike. `masks`: by A_T, and the map, scaled to [0, 1], is multiplied by A_V.
+pointing     phrases whose map over the patches l, sum_m w_m <v_l, t_m> / sum_m w_m, is highest in their box.
+             words: its tokens m weigh alike. masks: by A_T; the map, scaled to [0, 1], is multiplied by A_V.
+             chance: a patch at random.
+AUC          image: the mask of patches in boxes against others; text: of content against function words.
+cosine       mean between two regions of an image.
+variance     of a phrase's region, the prior's being 1: phrases of several boxes less those of one.
+
 Boxes come with `shapes`, and with Flickr30K Entities: `entities` of a data set's block names the folder.
 """
 import argparse
@@ -28,6 +33,7 @@ if __name__ == "__main__":
     ARGUMENTS = parse_arguments()
 
 import json
+import math
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -46,6 +52,7 @@ from shapes import Phrase
 FUNCTION_WORDS = set("a an the some this that these those is are was were be there here it its his her their "
                      "of to on in at by for from as with along and or".split())
 PLACE_WORDS = set("left right above over below under near next between behind front".split())
+EDGES = "xmin", "ymin", "xmax", "ymax"
 MARK = re.compile(r"\[/EN#(\d+)/\S+ ([^\[\]]+)\]")
 
 
@@ -123,14 +130,6 @@ def similarity_maps(products, patch_mask, word_mask):
     return {"words": products.mean(0), "masks": masked}
 
 
-def grid_side(patches):
-    """The side of the square grid that so many patches form."""
-    side = round(patches ** 0.5)
-    data.require(side * side == patches, f"the image encoder gives {patches} patches, no square grid: "
-                 "where they lie is not known, so nothing can be looked for in the image")
-    return side
-
-
 # ---- what is where: phrases and objects of the images ------------------------------------------------------
 class Truth(NamedTuple):
     """What is known of an image: each caption's phrases or None, and its objects' boxes."""
@@ -196,25 +195,15 @@ def read_sentence(line, boxes):
 
 def read_boxes(xml):
     """{number of an entity: its boxes (x0, y0, x1, y1) in fractions of width and height}."""
-    root = ElementTree.fromstring(xml)
-
-    def number(node, path):
-        text = node.findtext(path)
-        if text is None:
-            raise ValueError(f"a <{node.tag}> has no <{path}>")
-        return float(text)
-
-    width, height = number(root, "size/width"), number(root, "size/height")
+    root, boxes = ElementTree.fromstring(xml), defaultdict(list)
+    width, height = (float(root.findtext(f"size/{side}", "")) for side in ("width", "height"))
     if not (width > 0 and height > 0):
         raise ValueError(f"<size> is {width:g} x {height:g}")
-    boxes = defaultdict(list)
     for item in root.findall("object"):
-        box = item.find("bndbox")
-        if box is not None:
-            left, top = (number(box, "xmin") - 1) / width, (number(box, "ymin") - 1) / height
-            corners = left, top, number(box, "xmax") / width, number(box, "ymax") / height
+        if item.find("bndbox") is not None:
+            x0, y0, x1, y1 = (float(item.findtext(f"bndbox/{edge}", "")) for edge in EDGES)
             for name in item.findall("name"):
-                boxes[name.text].append(corners)
+                boxes[name.text].append(((x0 - 1) / width, (y0 - 1) / height, x1 / width, y1 / height))
     return boxes
 
 
@@ -256,7 +245,7 @@ def measure(matcher, split, truths, batch_size=128, progress=True):
     masks = defaultdict(list)       # mask values by what they lie on
     images = encode(matcher, split, batch_size, progress)
     for i, (image, captions, truth) in enumerate(zip(images, split.captions, truths)):
-        grid = grid_side(len(image.mask))
+        grid = math.isqrt(len(image.mask))
         cosines.append(image.cosine)
         if truth.boxes:
             within = inside(truth.boxes, grid).any(0)
@@ -280,31 +269,22 @@ def measure(matcher, split, truths, batch_size=128, progress=True):
     uncertain = matcher.model.sampler.sample
     mean = lambda values: float(np.mean(values)) if len(values) and np.isfinite(values).all() else None
     return {"split": split.name, "images": len(split), "phrases": len(rows), "chance": mean(chance),
-            "pointing": {"words": mean(by_words), "masks": mean(by_masks),
-                         "difference": bootstrap(by_masks - by_words, image_of)},
-            "image_mask_auc": auc(masks["box"], masks["no box"]),
-            "text_mask_auc": auc(masks["content"], masks["function"]),
-            "region_cosine": mean(cosines),
-            "variance_difference": bootstrap(variance, image_of, ambiguous) if uncertain else None}
+            "pointing, words": mean(by_words), "pointing, masks": mean(by_masks),
+            "masks less words": bootstrap(by_masks - by_words, image_of),
+            "AUC image": auc(masks["box"], masks["no box"]),
+            "AUC text": auc(masks["content"], masks["function"]), "cosine": mean(cosines),
+            "variance": bootstrap(variance, image_of, ambiguous) if uncertain else None}
 
 
 def table(report):
     """The figures as text; those without a meaning are left out."""
-    show = lambda value: None if value is None else f"{value:.3f}"
-    interval = lambda values: None if values is None else "{:+.3f} [{:+.3f}, {:+.3f}]".format(*values)
-    pointing = report["pointing"]
-    lines = [("pointing game: phrases whose map is highest in a box, words", show(pointing["words"])),
-             ("pointing game, masks", show(pointing["masks"])),
-             ("pointing game, chance", show(report["chance"])),
-             ("pointing game, masks less words", interval(pointing["difference"])),
-             ("image mask, AUC: patches in boxes against others", show(report["image_mask_auc"])),
-             ("text mask, AUC: content words against function words", show(report["text_mask_auc"])),
-             ("regions, mean cosine between two of an image", show(report["region_cosine"])),
-             ("variance (prior: 1), several boxes less one box", interval(report["variance_difference"]))]
     head = f"{report['split']}: {report['images']:,} images, {report['phrases']:,} phrases with boxes"
     if report["phrases"] == 0:
         head += "; without boxes (`entities` of a data set's block) only what needs none is measured"
-    return "\n".join([head] + [f"  {name:76}{value}" for name, value in lines if value is not None])
+    lines = [f"  {name:18}{value:.3f}" for name, value in report.items() if isinstance(value, float)]
+    lines += [f"  {name:18}" + "{:+.3f} [{:+.3f}, {:+.3f}]".format(*value)
+              for name, value in report.items() if isinstance(value, list)]
+    return "\n".join([head, *lines])
 
 
 # ---- the command line --------------------------------------------------------------------------------------

@@ -80,13 +80,6 @@ def budget_shift(score: Tensor, valid: Tensor, keep: float) -> Tensor:
     return middle + (mean((score - middle).sigmoid()) - keep) / slope
 
 
-class KeepAll(nn.Module):
-    """The mask of an adapter that is switched off: one on every valid token, in the same shapes."""
-
-    def forward(self, tokens: Tensor, valid: Tensor | None = None) -> Tensor:
-        return tokens.new_ones(tokens.shape[:2]) if valid is None else valid.to(tokens.dtype)
-
-
 # ---- Eq. 2-3: region prompts -------------------------------------------------------------------------------
 class RegionPrompts(nn.Module):
     """Eq. 2-3: A_r = sigmoid(V P^T) with the rows of P at unit length, columns normalised, mu = A_r^T V.
@@ -244,8 +237,8 @@ class GRM(nn.Module):
         self.image_proj = image_encoder.projection() if joint else nn.Linear(image_encoder.width, dim)
         self.text_proj = text_encoder.projection() if joint else nn.Linear(text_encoder.width, dim)
         text_width = text_encoder.embedding_width if self.mask_reads_embeddings else dim
-        self.image_adapter = SignificanceAdapter(dim, tau, image_keep) if image_mask else KeepAll()
-        self.text_adapter = SignificanceAdapter(text_width, tau, text_keep) if text_mask else KeepAll()
+        self.image_adapter = SignificanceAdapter(dim, tau, image_keep) if image_mask else None
+        self.text_adapter = SignificanceAdapter(text_width, tau, text_keep) if text_mask else None
         self.region_prompts = RegionPrompts(dim, num_prompts if prompts else 1, prompt_scale)
         if not prompts:                         # a prompt of zeros attends to every token alike
             nn.init.zeros_(self.region_prompts.prompts.requires_grad_(False))
@@ -262,7 +255,7 @@ class GRM(nn.Module):
         if not self.special_tokens:
             encoded = encoded[:, self.image_encoder.class_tokens:]
         V = self.image_proj(encoded)                                           # (B, L, d)
-        mask = self.image_adapter(V)                                           # (B, L)       Eq. 1
+        mask = self.image_adapter(V) if self.image_adapter else torch.ones_like(V[..., 0])      # (B, L) Eq. 1
         tokens = F.normalize(V.float(), dim=-1)
         V, weight = self.masked(tokens if self.unit_tokens else V.float(), mask)
         means, attention, scores = self.region_prompts(V, weight)              # (B, K, d)    Eq. 2-3
@@ -279,7 +272,7 @@ class GRM(nn.Module):
         aligned = valid if self.special_tokens else words
         # Ours judges words by themselves: in context, function words take up what is said around them.
         judged = F.layer_norm(embeddings, embeddings.shape[-1:]) if self.mask_reads_embeddings else T
-        mask = self.text_adapter(judged, aligned)                              # (B, M)       Eq. 1
+        mask = self.text_adapter(judged, aligned) if self.text_adapter else aligned.to(T)       # (B, M) Eq. 1
         tokens, pooled = (F.normalize(x.float(), dim=-1) for x in (T, pooled))
         return TextFeatures(tokens, aligned, mask, pooled)
 
@@ -314,17 +307,14 @@ class GRM(nn.Module):
         return scores
 
     def loss(self, image: ImageFeatures, text: TextFeatures, image_ids: Tensor, settings: dict,
-             epochs: float = math.inf) -> tuple[Tensor, dict]:
+             epochs: float = math.inf, scores: dict | None = None) -> tuple[Tensor, dict]:
         """Eq. 9 and 13: a L_ori + b L_key + c L_unc + consistency * L_recon + kl * L_KL + entropy * L_ent.
 
         settings: the `loss` block of the configuration. epochs: how many are done; the first `ramp` of them
-        take all negatives and scale L_con up from 0. Returns the loss and its terms, detached.
+        take all negatives and scale L_con up from 0. scores: what `similarity` returned, if that is known.
+        Returns the loss and its terms, detached.
         """
-        return self.loss_of(self.similarity(image, text), image, image_ids, settings, epochs)
-
-    def loss_of(self, scores: dict[str, Tensor], image: ImageFeatures, image_ids: Tensor, settings: dict,
-                epochs: float = math.inf) -> tuple[Tensor, dict]:
-        """`loss`, given what `similarity` returned."""
+        scores = scores or self.similarity(image, text)
         ramping = epochs < settings["ramp"]
         scale = epochs / settings["ramp"] if ramping else 1.0
         kind = settings["kind"], settings["temperature"], settings["margin"]

@@ -101,9 +101,6 @@ class SharedRun:
     def random_states(self):
         return [state for states in gather_objects(super().random_states()) for state in states]
 
-    def image_ids(self, batch):
-        return [i for ids in gather_objects(super().image_ids(batch)) for i in ids]
-
 
 def start() -> torch.device:
     """Joins the processes that torchrun started: NCCL between GPUs, gloo on the CPU -> this rank's device."""
@@ -127,7 +124,7 @@ def shared_loss(model: modules.GRM, image, text, image_ids: Tensor, loss: dict, 
     ids = gather(image_ids)
     share = dist.get_world_size() * len(image_ids) / len(ids)        # 1, but for the parts of an uneven batch
     loss = loss | {name: share * loss[name] for name in REGULARISERS}
-    total, terms = model.loss_of(dict(zip(rows, whole.unbind(1))), image, ids, loss, epochs)
+    total, terms = model.loss(image, text, ids, loss, epochs, dict(zip(rows, whole.unbind(1))))
     return total, {name: share * term if name in REGULARISERS else term for name, term in terms.items()}
 
 

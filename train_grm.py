@@ -111,7 +111,7 @@ class Run:
                 seconds.append(time.perf_counter() - started)
                 self.trained += seconds[-1]
                 if not finite:
-                    self.count_bad_step(loss, norm, batch)
+                    self.count_bad_step(loss, norm)
                 elif self.step % config["log_every"] == 0 or self.step == self.total_steps:
                     speed = len(batch["images"]) * self.ranks * len(seconds) / sum(seconds)
                     self.log_step(loss, config["lr"] * rate, norm, speed, terms, image, text)
@@ -332,19 +332,15 @@ class Run:
         self.log(record)
         self.bar.set_postfix_str(f"loss {loss:.3f} lr {rate:.1e} {speed:.0f} img/s", refresh=False)
 
-    def count_bad_step(self, loss: float, norm: float, batch: dict):
+    def count_bad_step(self, loss: float, norm: float):
         """A step that is not finite has left the weights alone. A few of them in a row end the run."""
         self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
         what = f"the gradient's norm is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
-        images = [self.train_split.image_names[i] for i in self.image_ids(batch)]
-        self.log({"skipped": what, "images": images})
-        self.say(f"step {self.step} is skipped: {what}; its images are in metrics.jsonl")
+        self.log({"skipped": what})
+        self.say(f"step {self.step} is skipped: {what}")
         require(self.skipped_in_a_row < self.config["train"]["max_bad_steps"],
                 f"{what} at step {self.step}, the {self.skipped_in_a_row}th in a row that is not finite: "
                 f"try a lower train.lr or train.amp=false; {self.out / 'last.pt'} is from before")
-
-    def image_ids(self, batch: dict) -> list[int]:
-        return batch["image_ids"].tolist()
 
 
 # ---- the parts of a step -----------------------------------------------------------------------------------

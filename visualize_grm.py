@@ -37,6 +37,7 @@ def parse_arguments(argv=None):
 if __name__ == "__main__":
     ARGUMENTS = parse_arguments()
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +50,7 @@ import data
 import eval_grm
 import runs
 from encoders import one_line
-from ground_grm import grid_side, is_function_word, similarity_maps, token_indices, words_of
+from ground_grm import is_function_word, similarity_maps, token_indices, words_of
 
 # Pixels of a sheet, which is meant to be shown at half its size.
 PANEL, GAP, MARGIN, LINE, TEXT = 420, 24, 56, 50, 27
@@ -85,7 +86,7 @@ def key_words(caption, mask_of, count=3):
 
 def scaled(values, low):
     """values (L,) on a grid (G, G) and on a scale from `low`, 0, to their maximum, 1."""
-    side = grid_side(len(values))
+    side = math.isqrt(len(values))
     return ((values - low) / max(values.max() - low, 1e-9)).reshape(side, side)
 
 
@@ -194,8 +195,6 @@ def draw(rows):
     width, blocks = columns * (PANEL + GAP) - GAP, []
 
     def panel(title, picture):
-        while font.getlength(title) > PANEL - 16:
-            title = title[:-4] + "..."
         return join([write([(title, "white")], PANEL, font), picture], 0, down=True)
 
     for row in rows:

@@ -257,8 +257,8 @@ def test_another_split_and_grounding_follow_training(tmp_path, capsys):
         values = json.loads((tmp_path / "table.json").read_text())["rows"][0]["values"]
         assert found["metrics"]["split"] == found["grounding"]["split"] == split
         assert values["rSum"] == [found["metrics"]["levels"]["combined"]["rsum"]]
-        assert values["AUC text"] == [found["grounding"]["text_mask_auc"]]
-        assert values["variance"] == [found["grounding"]["variance_difference"][0]]
+        assert values["AUC text"] == [found["grounding"]["AUC text"]]
+        assert values["variance"] == [found["grounding"]["variance"][0]]
 
 
 def test_a_run_that_fails_is_reported_in_one_line(tmp_path, capsys):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import runs
 from conftest import CONFIG, TINY
-from modules import (GaussianSampler, ImageFeatures, KeepAll, RegionPrompts, SignificanceAdapter,
+from modules import (GaussianSampler, ImageFeatures, RegionPrompts, SignificanceAdapter,
                      TextFeatures, budget_shift, build_grm, consistency_loss, contrastive_loss, diagnostics,
                      entropy_loss, kl_loss)
 from similarity import token_similarity
@@ -289,12 +289,6 @@ def test_padding_and_batch_order_change_nothing(model):
     torch.testing.assert_close(wide, alone, rtol=0, atol=1e-5)
     torch.testing.assert_close(shuffled, alone[order][:, order], rtol=0, atol=1e-5)
     torch.testing.assert_close(single["combined"], alone[:, :1], rtol=0, atol=1e-5)
-
-
-def test_switched_off_adapters_keep_every_valid_token():
-    valid = torch.tensor([[True, False, True]])
-    assert torch.equal(KeepAll()(torch.randn(1, 3, 4), valid), valid.float())
-    assert torch.equal(KeepAll()(torch.randn(1, 3, 4)), torch.ones(1, 3))
 
 
 def test_diagnostics_tell_collapsed_regions_from_distinct_ones():

