@@ -114,7 +114,7 @@ def load(path: str | Path, device: str | torch.device | None = None) -> "Matcher
 
 
 class Matcher:
-    """A model with its tokeniser. Features are returned on the CPU, in float32, to be kept and joined."""
+    """A model with its tokeniser. Features are returned on the CPU, in float32. Long lists show a bar."""
 
     def __init__(self, model, tokenizer, config: dict, device: torch.device):
         self.model, self.tokenizer, self.config, self.device = model, tokenizer, config, device
@@ -126,19 +126,20 @@ class Matcher:
         """How well each of I images (paths or PIL images) fits each of T sentences -> (I, T)."""
         return self.similarity(self.encode_images(images), self.encode_texts(texts), level)
 
-    def encode_images(self, images, batch_size: int = 128, progress: bool = False) -> ImageFeatures:
+    def encode_images(self, images, batch_size: int = 128) -> ImageFeatures:
         """Paths or PIL images -> their features. UserError names an image that cannot be read."""
         images, batches = list(images), []
         require(images, "there are no images to encode")
         starts = range(0, len(images), batch_size)
-        for start in tqdm(starts, "images", unit="batch", disable=not progress, leave=False):
+        for start in tqdm(starts, "images", unit="batch", disable=len(starts) < 2, leave=False):
             pixels = [self.transform(self._open(image)) for image in images[start:start + batch_size]]
             batches.append(self._encode_images(torch.stack(pixels)))
         return ImageFeatures(*(torch.cat(x).cpu() for x in zip(*batches)))
 
-    def encode_texts(self, texts, batch_size: int = 256, progress: bool = False) -> TextFeatures:
+    def encode_texts(self, texts, batch_size: int = 256) -> TextFeatures:
         """Sentences -> their features, padded to the longest."""
-        batches = self.caption_batches(list(texts), batch_size, "sentences" if progress else None)
+        texts = list(texts)
+        batches = self.caption_batches(texts, batch_size, "sentences" if len(texts) > batch_size else None)
         longest = max(text.tokens.shape[1] for _, text in batches)
         order = torch.cat([indices for indices, _ in batches]).argsort()
         padded = [TextFeatures(*(F.pad(x, (0, 0) * (x.ndim - 2) + (0, longest - x.shape[1]))
