@@ -169,7 +169,7 @@ class TextEncoder(nn.Module):
         """(B, M, width) and (B, d). A CPU gains nothing from one large call, so it encodes four parts of
         similar length, which hardly have any padding."""
         length = ids.shape[1]
-        if self.joint and self.head is None:
+        if self.joint and self.head is None:                    # SigLIP: padded as its processor pads
             longer = 0, self.hugging.config.max_position_embeddings - length
             ids, valid = F.pad(ids, longer, value=self.pad_id), torch.ones_like(F.pad(valid, longer))
         elif ids.device.type == "cpu" and len(ids) >= 8:

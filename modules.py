@@ -301,7 +301,8 @@ class GRM(nn.Module):
             if self.levels["key"]:
                 scores["key"] = token_similarity(V_hat, T_hat, valid, V_weight, T_weight)
         if self.levels["glo"]:
-            scores["glo"] = image.pooled @ text.pooled.T
+            with torch.autocast(V.device.type, enabled=False):          # in 16 bits, many would tie
+                scores["glo"] = image.pooled @ text.pooled.T
         scores = {level: scores[level] for level in LEVELS if level in scores}
         scores["combined"] = sum(self.levels[level] * scores[level] for level in scores)
         return scores
@@ -311,8 +312,7 @@ class GRM(nn.Module):
         """Eq. 9 and 13: a L_ori + b L_key + c L_unc + consistency * L_recon + kl * L_KL + entropy * L_ent.
 
         settings: the `loss` block of the configuration. epochs: how many are done; the first `ramp` of them
-        take all negatives and scale L_con up from 0. scores: what `similarity` returned, if that is known.
-        Returns the loss and its terms, detached.
+        take all negatives and scale L_con up from 0. scores: of `similarity`. Returns loss and detached terms.
         """
         scores = scores or self.similarity(image, text)
         ramping = epochs < settings["ramp"]

@@ -104,3 +104,14 @@ def test_another_width_than_the_joint_spaces_is_refused_in_one_line(towers, tmp_
     failure = run_train("--backbone", "vit_micro", "--out", tmp_path / "x", "--set", *TINY, *towers[3],
                         "model.dim=16")
     assert "image encoder 512, text encoder 512" in failure and "\n" not in failure
+
+
+@pytest.mark.parametrize("towers", ["clip"], indirect=True)
+def test_autocast_leaves_glo_in_single_precision(towers, tmp_path):
+    config = runs.load_config(CONFIG, "vit_micro", sets=[*TINY, *towers[3]])
+    run = train_grm.Run(config, tmp_path / "run", torch.device("cpu"), runs.Signals(), resume=False)
+    matcher = run.matcher()
+    features = matcher.encode_images([Image.effect_noise((48, 48), 50)] * 2), matcher.encode_texts(CAPTIONS)
+    expected = run.model.similarity(*features)["glo"]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(run.model.similarity(*features)["glo"], expected)
