@@ -215,7 +215,7 @@ class TextFeatures(NamedTuple):
 
 
 class GRM(nn.Module):
-    """The whole model. levels: {"ori": a, "key": b, "unc": c}, Eq. 9, and "glo"; of weight 0, not computed.
+    """The whole model. levels: weights of "ori", "key", "unc" (a, b, c of Eq. 9), "glo"; of 0, not computed.
 
     The other arguments are the `model` block of configs.yaml, which explains each. Switched off, for
     ablations: image_mask and text_mask, every mask is 1; prompts, an image has one region, the mean of its
