@@ -4,7 +4,7 @@
 
 similarity   captions as long as COCO's. Ratio: to "GEMM", one matrix product of the same tokens, no padding.
 loss         all levels and their gradient, 577 tokens (384 px), batch 128; target: 300 MiB.
-step         with clipping and AdamW; without its encoders; on a GPU with gradient caching and compiled.
+step         with clipping and AdamW; without its encoders; on a GPU with gradient caching, then compiled.
              Ratio: to the step; target without the encoders: 0.15.
 evaluation   on a GPU: the similarity of COCO 5K on all levels; target: 15 s.
 

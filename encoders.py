@@ -29,8 +29,7 @@ from data import UserError, require
 
 # ---- images ------------------------------------------------------------------------------------------------
 class ImageEncoder(nn.Module):
-    """A timm model as a function from images (B, 3, H, W) to tokens (B, C + G*G, width): C class tokens, then
-    the patches.
+    """A timm model as a function: images (B, 3, H, W) -> tokens (B, C + G*G, width), C class tokens first.
 
     statistics: the mean and standard deviation, per channel, with which its pixels are normalised.
     """
@@ -53,24 +52,26 @@ class ImageEncoder(nn.Module):
         return self.timm.forward_head(tokens)
 
     def projection(self) -> nn.Module:
-        """A copy of what takes its tokens to that space."""
-        pool = getattr(self.timm, "attn_pool", None)
-        return copy.deepcopy(self.timm.head) if pool is None else EachAlone(copy.deepcopy(pool))
+        """A copy of what takes its tokens to that space. UserError if that is not CLIP's or SigLIP's way."""
+        pool, head, norm = (getattr(self.timm, part, None) for part in ("attn_pool", "head", "fc_norm"))
+        require(pool is not None or isinstance(head, nn.Linear) and isinstance(norm, nn.Identity),
+                "model.joint: the image encoder has no projection into a space shared with texts")
+        return copy.deepcopy(head) if pool is None else EachAlone(copy.deepcopy(pool))
 
 
 class EachAlone(nn.Module):
-    """Applies a pooling head, as SigLIP's, to every token as if it were alone: (B, L, width) -> (B, L, d)."""
+    """Applies SigLIP's pooling head to every token as if it were alone: (B, L, width) -> (B, L, d)."""
 
     def __init__(self, pool: nn.Module):
         super().__init__()
         self.pool = pool
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.pool(tokens.flatten(0, 1)[:, None]).unflatten(0, tokens.shape[:2])
+        x = self.pool.proj(self.pool.kv(tokens).chunk(2, -1)[1])       # over one token, the softmax is 1
+        return x + self.pool.mlp(self.pool.norm(x))
 
 
-def build_image_encoder(config: dict, pretrained: bool, tried: bool = False,
-                        joint: bool = False) -> ImageEncoder:
+def build_image_encoder(config: dict, pretrained: bool, tried=False, joint=False) -> ImageEncoder:
     """The encoder of the configuration's `image` block. UserError for a model that timm does not know or
     cannot build and, unless that was tried before, for one whose features are no patches."""
     size, name = config["size"], config["name"].removeprefix("hf-hub:").removeprefix("timm/")
@@ -277,7 +278,7 @@ def _try_captions(model: nn.Module, length: int, pad_id: int) -> int:
                         "lower it or choose another encoder")
     require(whole.shape[:-1] == (1, length) and whole.isfinite().all(),
             f"{kind} does not give each token a finite state: choose another text.name")
-    alone, padded = states(length // 2), states(length // 2, length - length // 2)
+    alone, padded = states(length - length // 2), states(length - length // 2, length // 2)
     require((padded - alone).abs().max() <= 1e-4 * alone.abs().max(),
             f"{kind} reads padding as if it were words: choose another text.name")
     return whole.shape[-1]

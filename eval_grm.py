@@ -169,7 +169,6 @@ class Matcher:
         return self.figures(rows, split, folds)
 
     def figures(self, rows: dict[str, Tensor], split: data.Split, folds: int) -> dict:
-        require(folds <= len(split), f"{split.name} is a mean of {folds} folds: take at least {folds} images")
         owner = torch.as_tensor(split.image_of_text)
         return {level: fold_figures(matrix, owner, folds) for level, matrix in rows.items()}
 
@@ -246,6 +245,7 @@ def main(args):
     checkpoint = runs.load_checkpoint(path)
     split, datasets, _ = split_of(args, checkpoint["config"])
     folds = data.split_names(datasets)[split.name.split("[")[0]][2]
+    require(folds <= len(split), f"{split.name} is the mean of {folds} folds: take at least {folds} images")
     grm = load(path)
     results = grm.evaluate(split, folds, args.batch_size)
     print(describe(split.name, split, folds))

@@ -226,7 +226,7 @@ def encode(matcher, split, batch_size, progress):
         rows = range(start, min(start + batch_size, len(split)))
         texts = [caption for i in rows for caption in split.captions[i]]
         pictures = [split.load_image(i, config["image"]["size"]) for i in rows]
-        image, text = matcher.encode_images(pictures, batch_size), matcher.encode_texts(texts)
+        image, text = matcher.encode_images(pictures, batch_size), matcher.encode_texts(texts, len(texts))
         offsets = data.token_offsets(matcher.tokenizer, texts, config["text"]["max_length"])
         variance = (image.log_var.float().exp() / matcher.model.sampler.prior).mean(-1).numpy()
         unit, K = F.normalize(image.means.float(), dim=-1), image.means.shape[1]

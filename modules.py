@@ -9,9 +9,8 @@ Shapes: B images or captions, L image tokens, M text tokens, d joint width, K re
     Eq. 8-13, the loss
 
 Encoders that share a space already, as CLIP's (`joint`): the projections to V and T start as their own, and a
-fourth level, glo, is the cosine of their own embeddings of image and caption.
-
-Settings of the configuration that are not the paper's (recipe `grm`) are values that the same lines read.
+fourth level, glo, is the cosine of their own embeddings of image and caption. Settings of the configuration
+that are not the paper's (recipe `grm`) are values that the same lines read.
 """
 import math
 from typing import NamedTuple
@@ -226,7 +225,7 @@ class GRM(nn.Module):
                  dim: int, num_prompts: int, tau: float, unit_tokens: bool, special_tokens: bool,
                  image_keep: float | None, text_keep: float | None, mask_acts_on: str, text_mask_reads: str,
                  prompt_scale: float | None, prior: str, image_mask: bool, text_mask: bool,
-                 prompts: bool, uncertainty: bool, joint: bool):
+                 prompts: bool, uncertainty: bool, joint: bool = False):
         super().__init__()
         self.levels, self.joint = levels, joint
         self.unit_tokens, self.special_tokens = unit_tokens, special_tokens
@@ -312,7 +311,7 @@ class GRM(nn.Module):
         """Eq. 9 and 13: a L_ori + b L_key + c L_unc + consistency * L_recon + kl * L_KL + entropy * L_ent.
 
         settings: the `loss` block of the configuration. epochs: how many are done; the first `ramp` of them
-        take all negatives and scale L_con up from 0. scores: of `similarity`. Returns loss and detached terms.
+        take all negatives and scale L_con up from 0. scores: of `similarity`. -> loss, its terms detached.
         """
         scores = scores or self.similarity(image, text)
         ramping = epochs < settings["ramp"]
@@ -333,12 +332,12 @@ class GRM(nn.Module):
 def build_grm(config: dict, vocab_size: int, pad_id: int, encoder_config: dict | None = None,
               pretrained: bool = True) -> GRM:
     """The model of a configuration. pretrained=False loads nothing, for a checkpoint's weights to follow."""
-    image, text, joint = config["image"], config["text"], config["model"]["joint"]
+    image, text, joint = config["image"], config["text"], config["model"].get("joint", False)
     tried = bool(encoder_config)
     image_encoder = build_image_encoder(image, pretrained and image["pretrained"], tried, joint)
     text_encoder = build_text_encoder(text, pretrained and text["pretrained"], vocab_size, pad_id,
                                       encoder_config, joint)
-    levels = {level: config["loss"][level] for level in LEVELS}
+    levels = {level: config["loss"].get(level, 0.0) for level in LEVELS}
     model = GRM(image_encoder, text_encoder, levels, **config["model"])
     if joint:
         widths = image_encoder.timm.num_classes or image_encoder.width, model.text_proj.out_features

@@ -31,7 +31,7 @@ LIMITS = {                                                         # what a numb
     "a whole number of at least 0": (lambda x: x >= 0 and isinstance(x, int), "data.workers train.seed"),
     "at least 0": (lambda x: x >= 0, "loss.ramp train.warmup train.weight_decay train.save_minutes "
                                      "train.encoder_lr train.adapter_lr"),
-    "above 0": (lambda x: x > 0, "model.tau model.prompt_scale loss.temperature train.lr train.clip"),
+    "above 0": (lambda x: 0 < x < 9e99, "model.tau model.prompt_scale loss.temperature train.lr train.clip"),
     "between 0 and 1": (lambda x: 0 < x < 1, "model.image_keep model.text_keep")}
 SIGHUP = getattr(signal, "SIGHUP", None)                           # Windows has none
 LOADER_SECONDS = 100                              # a data loader that gives nothing for so long is stuck
@@ -162,7 +162,7 @@ def check(config: dict, defaults: dict):
     require(all(is_number(part) and 0 <= part <= 1 for part in get("train.milestones")),
             f"train.milestones is {get('train.milestones')!r}; it must list parts of training, from 0 to 1")
     require(any(get(f"loss.{level}") for level in modules.LEVELS),
-            "loss.ori, loss.key and loss.unc are all 0: nothing is left to learn from")
+            "every level of loss (ori, key, unc, glo) is 0: nothing is left to learn from")
     require(not get("loss.glo") or get("model.joint"), "loss.glo needs model.joint=true and encoders for it")
 
 

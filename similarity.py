@@ -60,8 +60,8 @@ def token_similarities(image_tokens, text_tokens, text_valid, image_weights, tex
     autocast, where only products are in low precision and tokens must have a norm of at most 1. Every m is a
     valid token; a caption without any has similarity 0. Exact; of tied maxima one takes the gradient.
 
-    The weightings share products and maxima, nearly all of the work. Memory beside the result: TILE products
-    (on CUDA none); for the backward pass these again, and two numbers a (i,l,t) and (i,t,m).
+    Memory beside the result: TILE products (on CUDA none); for the backward pass these again, and two numbers
+    a (i,l,t) and (i,t,m).
     """
     device = image_tokens.device.type
     low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else image_tokens.dtype

@@ -197,7 +197,7 @@ class Run:
         except UserError as error:
             self.say(f"no test split ({error}): this is the validation split, on which best.pt was chosen")
             split, what = self.val_split, "validation"
-        folds = self.names[split.name.split("[")[0]][2]
+        folds = min(len(split), self.names[split.name.split("[")[0]][2])
         results = self.evaluate(split, folds)
         self.log({"test_split": split.name, "test": results})
         self.say(f"\nbest.pt (step {self.step}) on {eval_grm.describe(split.name, split, folds)}\n"

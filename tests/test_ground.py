@@ -109,7 +109,7 @@ class Knows:
         tokens, nothing = likeness[:, None] * torch.eye(8)[0], torch.zeros(0)
         return tokens, mask, regions, nothing, regions[:1], regions, variance.log()
 
-    def encode_texts(self, texts):
+    def encode_texts(self, texts, batch_size):
         ids, _, words = data.pad(data.tokenize(self.tokenizer, texts, 64), self.tokenizer.pad_token_id)
         told = [self.tokenizer.convert_ids_to_tokens(row) for row in ids.tolist()]
         content = torch.tensor([[not ground_grm.is_function_word(word) for word in row] for row in told])

@@ -83,7 +83,7 @@ def test_a_table_that_is_written_again_keeps_what_a_person_wrote(tmp_path):
         "Better", "It helps.", ["mine"], "python b.py"]
     assert ablate_grm.read_table(path) == again and again["rows"] == ROWS
     path.write_text("{}")
-    with pytest.raises(UserError, match="no table: write"):
+    with pytest.raises(UserError, match="no table: name"):
         ablate_grm.save_table(path, "Title", "python a.py", [], [])
 
 
