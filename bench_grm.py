@@ -17,7 +17,6 @@ import sys
 def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", metavar="NAME", help="of the models (default: each backbone's)")
     parser.add_argument("--json", metavar="FILE", help="also write the table there, as results/NAME.json")
     args = parser.parse_args(argv)
     args.argv = sys.argv[1:] if argv is None else argv
@@ -166,16 +165,16 @@ class Recorded(torch.nn.Module):
         return self.output
 
 
-def model_of(backbone: str, recipe: str | None, settings=(), device=CPU):
+def model_of(backbone: str, settings=(), device=CPU):
     """-> the model with random weights, its configuration."""
-    config = runs.load_config(CONFIG, backbone, recipe, "shapes", sets=[
+    config = runs.load_config(CONFIG, backbone, dataset="shapes", sets=[
         "image.pretrained=false", "text.pretrained=false", "data.workers=0", *settings])
     torch.manual_seed(0)
     return modules.build_grm(config, vocab_size=30522, pad_id=0).train().to(device), config
 
 
-def bench_loss(report: Report, recipe, device):
-    model, config = model_of("vit_micro", recipe, ["model.dim=512"], device)
+def bench_loss(report: Report, device):
+    model, config = model_of("vit_micro", ["model.dim=512"], device)
     batch = batch_of(128, 64, device)
     model.image_encoder = Recorded(None, torch.randn(128, 577, model.image_encoder.width, device=device))
     with torch.no_grad():
@@ -205,9 +204,9 @@ def batch_of(size: int, pixels: int, device) -> dict:
             "image_ids": torch.arange(size, device=device)}
 
 
-def bench_step(report: Report, backbone: str, recipe, size: int, settings=(), device=CPU, repetitions=3,
+def bench_step(report: Report, backbone: str, size: int, settings=(), device=CPU, repetitions=3,
                micro_batch: int | None = None, compiled=False):
-    model, config = model_of(backbone, recipe, settings, device)
+    model, config = model_of(backbone, settings, device)
     amp, batch = runs.amp_context(config, device), batch_of(size, config["image"]["size"], device)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-5, fused=True)
     encoders = model.image_encoder, model.text_encoder
@@ -250,8 +249,8 @@ def bench_step(report: Report, backbone: str, recipe, size: int, settings=(), de
 
 
 # ---- CUDA --------------------------------------------------------------------------------------------------
-def bench_coco5k(report: Report, recipe, device):
-    model, config = model_of("vit_micro", recipe, ["model.dim=512"], device)
+def bench_coco5k(report: Report, device):
+    model, config = model_of("vit_micro", ["model.dim=512"], device)
     _, text, valid = features(1, 1, 25000, 512, device)
     tokens, regions = (F.normalize(torch.randn(5000, n, 512, device=device), dim=-1) for n in (196, 5))
     images = modules.ImageFeatures(tokens, tokens[..., 0].sigmoid(), regions, tokens[:, 0, :0])
@@ -262,29 +261,29 @@ def bench_coco5k(report: Report, recipe, device):
     report.row("5,000 x 196 x 25,000 x 512", "s", seconds, None, memory)
 
 
-def bench_cuda(report: Report, recipe):
+def bench_cuda(report: Report):
     device = torch.device("cuda")
     for shape in ((128, 196, 128, 512), (256, 196, 1024, 512), (256, 576, 1024, 512)):
         bench_similarity(report, device, *shape)
-    bench_loss(report, recipe, device)
-    bench_coco5k(report, recipe, device)
+    bench_loss(report, device)
+    bench_coco5k(report, device)
     for backbone, size in (("vit_b_384", 256), ("swin_b_384", 128)):
-        bench_step(report, backbone, recipe, size, BERT, device, micro_batch=32)
+        bench_step(report, backbone, size, BERT, device, micro_batch=32)
     for backbone in ("vit_b_224", "swin_b_224"):
-        bench_step(report, backbone, recipe, 128, BERT, device, 10, compiled=True)
+        bench_step(report, backbone, 128, BERT, device, 10, compiled=True)
 
 
 # ---- the command line --------------------------------------------------------------------------------------
 def main(args):
     report, started = Report(), time.perf_counter()
     if torch.cuda.is_available():
-        bench_cuda(report, args.recipe)
+        bench_cuda(report)
     else:
         for shape in ((64, 197, 128, 512), (128, 5, 128, 512), (128, 64, 128, 128)):
             bench_similarity(report, CPU, *shape)
-        bench_loss(report, args.recipe, CPU)
-        bench_step(report, "vit_tiny", args.recipe, 64, MINILM)
-        bench_step(report, "vit_micro", args.recipe, 128)
+        bench_loss(report, CPU)
+        bench_step(report, "vit_tiny", 64, MINILM)
+        bench_step(report, "vit_micro", 128)
     print(f"\n{time.perf_counter() - started:.0f} s in all")
     if args.json:
         command = shown_command("bench_grm.py", args.argv)

@@ -28,10 +28,10 @@ def test_memory_counts_what_is_freed_again_and_not_what_is_returned():
     assert bench_grm.measure(call, CPU, 50 * 2 ** 20)[1] == pytest.approx(50, abs=4)
 
 
-def test_a_step_with_and_without_its_encoders_are_rows_of_a_table(recipe, capsys):
+def test_a_step_with_and_without_its_encoders_are_rows_of_a_table(capsys):
     report = bench_grm.Report()
     bench_grm.bench_similarity(report, CPU, 4, 5, 8, 16)
-    bench_grm.bench_step(report, "vit_micro", recipe, 8, TINY, repetitions=1, micro_batch=4)
+    bench_grm.bench_step(report, "vit_micro", 8, TINY, repetitions=1, micro_batch=4)
     figures = {row["name"]: row["values"] for row in report.rows}
     step = {name.split(": ")[2]: values for name, values in figures.items() if name.startswith("step")}
     assert list(step) == ["step, ms", "not encoders, ms", "micro_batch 4, ms"]
