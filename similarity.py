@@ -12,7 +12,6 @@ import os
 import shutil
 
 import torch
-import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 try:
