@@ -78,7 +78,7 @@ def ratio(numerator: list[float], denominator: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(numerator, denominator))
 
 
-def measure(function, device, returned: int = 0) -> tuple[float, float | None]:
+def cost_of(function, device, returned: int = 0) -> tuple[float, float | None]:
     """Seconds of a call, and MiB at its peak beyond what was held before and the bytes that it returns."""
     gc.collect()
     if device.type == "cuda":
@@ -149,7 +149,7 @@ def bench_similarity(report: Report, device, images: int, tokens: int, captions:
     report.section("similarity", f"images x tokens x captions x width, {low}")
     for name, taken in seconds.items():
         held = 4 * (image.numel() + text.numel()) if "gradient" in name else 0
-        memory = products.nbytes / MIB if name == "GEMM" else measure(calls[name], device, held)[1]
+        memory = products.nbytes / MIB if name == "GEMM" else cost_of(calls[name], device, held)[1]
         report.row(f"{images} x {tokens} x {captions} x {dim}: {name}", "pairs/s",
                    images * captions / statistics.median(taken), ratio(seconds["GEMM"], taken), memory)
 
@@ -188,7 +188,7 @@ def bench_loss(report: Report, device):
 
     handed_back = sum(4 * x.numel() for x in gradient() if x is not None)
     report.section(f"loss, {device.type}", f"recipe {config['recipe']}, batch 128, 577 tokens, d=512")
-    seconds, memory = measure(gradient, device, handed_back)
+    seconds, memory = cost_of(gradient, device, handed_back)
     report.row("all levels and gradient", "s", seconds, None, memory)
 
 
@@ -234,14 +234,14 @@ def bench_step(report: Report, backbone: str, size: int, settings=(), device=CPU
     for name, way in ways.items():
         try:
             way()                                    # the first makes gradients and the optimiser's state
-            memory[name] = measure(way, device)[1]
+            memory[name] = cost_of(way, device)[1]
         except torch.OutOfMemoryError:
             report.row(f"{backbone}: {name}: out of memory", "ms")
     seconds = take_turns({name: ways[name] for name in memory}, device, repetitions)
     if compiled:
         compile_encoders(model)
         first = f"compiled (first step {seconds_of(step, device):.0f} s)"
-        memory[first] = measure(step, device)[1]
+        memory[first] = cost_of(step, device)[1]
         seconds |= take_turns({first: step}, device, repetitions)
     for name, taken in seconds.items():
         share = ratio(taken, seconds["step"]) if "step" in seconds else None
@@ -256,7 +256,7 @@ def bench_coco5k(report: Report, device):
     images = modules.ImageFeatures(tokens, tokens[..., 0].sigmoid(), regions, tokens[:, 0, :0])
     texts = modules.TextFeatures(text, valid, valid.float(), text[:, 0, :0])
     matcher = eval_grm.Matcher(model, None, config, device)
-    seconds, memory = measure(lambda: matcher.similarity(images, texts), device)
+    seconds, memory = cost_of(lambda: matcher.similarity(images, texts), device)
     report.section("evaluation", "COCO 5K on all levels")
     report.row("5,000 x 196 x 25,000 x 512", "s", seconds, None, memory)
 

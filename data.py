@@ -66,25 +66,7 @@ class FileSplit(Split):
         return FileSplit(self.name, self.image_names[indices], self.captions[indices], self.folder)
 
     def load_image(self, i, size=None):
-        """-> PIL RGB image, upright. Given `size`, a large JPEG is decoded smaller, both sides >= 2 size."""
-        path = self.folder / self.image_names[i]
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
-                image = Image.open(path, formats=FORMATS)
-            with image:
-                if size is not None:
-                    image.draft("RGB", (2 * size, 2 * size))  # twice: room for crops and for a clean resize
-                ImageOps.exif_transpose(image, in_place=True)
-                if image.mode.startswith("I;16"):  # convert() would clip 16 bits to white
-                    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-                if image.has_transparency_data:
-                    white = Image.new("RGBA", image.size, "white")
-                    image = Image.alpha_composite(white, image.convert("RGBA"))
-                return image.convert("RGB")
-        except Exception as error:  # Pillow's decoders raise nearly any type on damaged bytes
-            raise UserError(f"{str(path)!r}, image {i} of {self.name}, does not decode ({error!r:.150}): "
-                            "replace the file or remove its entry") from None
+        return read_image(self.folder / self.image_names[i], f"image {i} of {self.name}", size)
 
 
 class ShapesSplit(Split):
@@ -99,6 +81,32 @@ class ShapesSplit(Split):
 
     def load_image(self, i, size=None):  # of the data set's own size, whatever `size`
         return Image.fromarray(self.scenes[i].pixels)
+
+
+def read_image(source, label, size=None):
+    """A path or PIL image -> PIL RGB image, upright, on white. Given `size`, a large JPEG is decoded smaller,
+    both sides >= 2 size. label: what UserError calls the image, beside its path."""
+    given = isinstance(source, Image.Image)
+    require(given or isinstance(source, (str, os.PathLike)),
+            f"{label} is a {type(source).__name__}: give a path or a PIL image")
+    require(given or os.path.isfile(source), f"no such image: '{source}', {label}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = source.copy() if given else Image.open(source, formats=FORMATS)
+        with image:
+            if size is not None:
+                image.draft("RGB", (2 * size, 2 * size))  # twice: room for crops and for a clean resize
+            ImageOps.exif_transpose(image, in_place=True)
+            if image.mode.startswith("I;16"):  # convert() would clip 16 bits to white
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            if image.has_transparency_data:
+                white = Image.new("RGBA", image.size, "white")
+                image = Image.alpha_composite(white, image.convert("RGBA"))
+            return image.convert("RGB")
+    except Exception as error:  # Pillow's decoders raise nearly any type on damaged bytes
+        raise UserError(f"{str(source)!r}, {label}, does not decode ({error!r:.150}): "
+                        "replace the file or remove its entry") from None
 
 
 def split_names(datasets):
@@ -120,24 +128,26 @@ def split_names(datasets):
     return names
 
 
-def splits_of(names, dataset, part):
-    """Which of `names`, as split_names returns them, are this part of the data set; at least one."""
-    found = [name for name, (owner, own, _) in names.items() if (owner, own) == (dataset, part)]
+def name_of_part(datasets, dataset, part):
+    """The name of the first split that is this part of the data set."""
+    names = split_names(datasets).items()
+    found = [name for name, (owner, own, _) in names if (owner, own) == (dataset, part)]
     require(found, f"data set {dataset!r} has no split of part {part!r}: see datasets.{dataset}.splits")
-    return found
+    return found[0]
 
 
-def load_split(name, datasets, root, check_images=True):
+def load_split(name, datasets, root, check_images=True, limit=None):
     """The split `name`, which may carry a slice over its images: f8k, f8k_val[:500], f8k_val[500:].
-    The paths in `datasets` start from the folder root. check_images: whether all images must be there."""
+    The paths in `datasets` start from the folder root. check_images: whether all images must be there.
+    limit: take only so many images. The split also tells its data set and in how many folds it is scored."""
     base, *bounds = re.fullmatch(r"(.*?)(?:\[(\d*):(\d*)\])?", name, re.DOTALL).groups()
     names = split_names(datasets)
     require(base in names, f"unknown split {name!r}; valid: {', '.join(map(str, names))}, or a slice [:500]")
-    dataset, part, _ = names[base]
+    dataset, part, folds = names[base]
     read = shapes_split if "kind" in datasets[dataset] else file_split
     whole = read(dataset, datasets[dataset], part, Path(root))
-    split = whole.subset(slice(*(int(bound) if bound else None for bound in bounds)))
-    split.name = name
+    split = whole.subset(slice(*(int(bound) if bound else None for bound in bounds))).subset(slice(limit))
+    split.name, split.dataset, split.folds = name, dataset, folds
     require(len(split), f"{name}: the slice is empty: {base} has {len(whole)} images")
     if check_images and isinstance(split, FileSplit):
         split.image_names = [as_on_disk(split.folder, image) for image in split.image_names]
@@ -325,11 +335,11 @@ def text_batches(captions, batch_size, pad_id):
 
 
 # ---- items and batches -------------------------------------------------------------------------------------
-def image_transform(size, mean, std, train, crop=(1, 1)):
-    """PIL image -> (3, size, size) float32, normalised. Evaluation squashes the whole image into the square;
-    training crops a random share of the area first, between the two of `crop`."""
+def image_transform(size, mean, std, crop=(1, 1)):
+    """PIL image -> (3, size, size) float32, normalised. The whole image is squashed into the square or, with
+    `crop`, in training, a random share of its area, between the two."""
     resize = T.Resize((size, size), T.InterpolationMode.BICUBIC)
-    if train and tuple(crop) != (1, 1):
+    if tuple(crop) != (1, 1):
         resize = T.RandomResizedCrop(size, scale=tuple(crop), interpolation=T.InterpolationMode.BICUBIC)
     to_float = T.ToDtype(torch.float32, scale=True)  # after resizing, which is faster on bytes
     transform = T.Compose([T.PILToTensor(), resize, to_float, T.Normalize(mean, std)])
@@ -394,14 +404,6 @@ def collate(items, pad_id, multiple=1):
     return {"images": torch.stack(images), "image_ids": torch.tensor(image_ids), **text}
 
 
-class EvalImages(torch.utils.data.Dataset):
-    """i -> image (3, H, W) float32."""
-
-    def __init__(self, split, transform):
-        self.split, self.transform = split, transform
-
-    def __len__(self):
-        return len(self.split)
-
-    def __getitem__(self, i):
-        return self.transform(self.split.load_image(i, self.transform.size))
+def load_images(indices, split, transform):
+    """Images of a split -> (b, 3, H, W) float32."""
+    return torch.stack([transform(split.load_image(i, transform.size)) for i in indices])

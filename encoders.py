@@ -159,36 +159,32 @@ class TextEncoder(nn.Module):
         self.embedding_width = model.get_input_embeddings().embedding_dim
 
     def forward(self, ids: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        hidden, pooled = self.states(ids, valid)
-        return hidden, self.hugging.get_input_embeddings()(ids), pooled
-
-    def projection(self) -> nn.Module:
-        """A copy of what takes its tokens to that space."""
-        return copy.deepcopy(self.head or self.hugging.head)
-
-    def states(self, ids: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, M, width) and (B, d). A CPU gains nothing from one large call, so it encodes four parts of
-        similar length, which hardly have any padding."""
-        length = ids.shape[1]
+        embeddings, length = self.hugging.get_input_embeddings()(ids), ids.shape[1]
         if self.joint and self.head is None:                    # SigLIP: padded as its processor pads
             longer = 0, self.hugging.config.max_position_embeddings - length
             ids, valid = F.pad(ids, longer, value=self.pad_id), torch.ones_like(F.pad(valid, longer))
         elif ids.device.type == "cpu" and len(ids) >= 8:
+            # A CPU gains nothing from one large call: four parts of similar length hardly have any padding.
             lengths, parts = valid.sum(1), []
             order = lengths.argsort(stable=True)
             for rows in order.chunk(4):
                 longest = int(lengths[rows].max())
                 hidden, pooled = self._states(ids[rows, :longest], valid[rows, :longest])
                 parts.append((F.pad(hidden, (0, 0, 0, length - longest)), pooled))
-            return tuple(torch.cat(x)[order.argsort()] for x in zip(*parts))
+            hidden, pooled = (torch.cat(x)[order.argsort()] for x in zip(*parts))
+            return hidden, embeddings, pooled
         hidden, pooled = self._states(ids, valid)
-        return hidden[:, :length], pooled
+        return hidden[:, :length], embeddings, pooled
 
     def _states(self, ids: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         output = self.hugging(input_ids=ids, attention_mask=valid.long())
         hidden = output.last_hidden_state
         pooled = output.pooler_output if self.joint else hidden.new_zeros(len(ids), 0)
         return hidden, self.head(pooled) if self.head else pooled
+
+    def projection(self) -> nn.Module:
+        """A copy of what takes its tokens to that space."""
+        return copy.deepcopy(self.head or self.hugging.head)
 
 
 def build_text_encoder(config: dict, pretrained: bool, vocab_size: int, pad_id: int,

@@ -30,14 +30,14 @@ if __name__ == "__main__":
     ARGUMENTS = parse_arguments()                  # before the imports, so that --help answers at once
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Subset
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import data
@@ -55,7 +55,7 @@ def recall_at_k(similarity: Tensor, image_of_text: Tensor) -> dict[str, float]:
     against the model, images without a caption only distract. FloatingPointError for a NaN, ValueError for
     shapes that do not fit.
     """
-    similarity, image_of_text = torch.as_tensor(similarity), torch.as_tensor(image_of_text)
+    similarity, image_of_text = (torch.as_tensor(x).cpu() for x in (similarity, image_of_text))
     images, texts = similarity.shape
     if image_of_text.shape != (texts,) or texts == 0:
         raise ValueError(f"image_of_text has the shape {tuple(image_of_text.shape)} for {texts} captions")
@@ -63,7 +63,7 @@ def recall_at_k(similarity: Tensor, image_of_text: Tensor) -> dict[str, float]:
         raise ValueError(f"image_of_text names images outside 0..{images - 1}")
     # A rank is 1 + the number of wrong candidates that score at least as much as the right one: counting, not
     # sorting.
-    own = similarity[image_of_text, torch.arange(texts, device=similarity.device)]               # (T,)
+    own = similarity[image_of_text, torch.arange(texts)]                                         # (T,)
     best = similarity.new_full((images,), -torch.inf).scatter_reduce(0, image_of_text, own, "amax")
     own_above = torch.bincount(image_of_text[own >= best[image_of_text]], minlength=images)      # (I,)
     i2t, t2i = torch.empty(images, dtype=torch.long), torch.ones(texts, dtype=torch.long)
@@ -110,41 +110,41 @@ def load(path: str | Path, device: str | torch.device | None = None) -> "Matcher
     checkpoint = runs.load_checkpoint(runs.find_checkpoint(str(path)))
     model, tokenizer = runs.model_from_checkpoint(checkpoint)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return Matcher(model.to(device), tokenizer, checkpoint["config"], device)
+    return Matcher(model.to(device), tokenizer, checkpoint["config"], device, checkpoint.get("step"))
 
 
 class Matcher:
     """A model with its tokeniser. Features are returned on the CPU, in float32. Long lists show a bar."""
 
-    def __init__(self, model, tokenizer, config: dict, device: torch.device):
-        self.model, self.tokenizer, self.config, self.device = model, tokenizer, config, device
+    def __init__(self, model, tokenizer, config: dict, device: torch.device, step: int | None = None):
+        self.model, self.tokenizer, self.config = model, tokenizer, config
+        self.device, self.step = device, step
         self.levels = [level for level in LEVELS if model.levels[level]] + ["combined"]
         size, statistics = config["image"]["size"], model.image_encoder.statistics
-        self.transform = data.image_transform(size, *statistics, train=False)
+        self.transform = data.image_transform(size, *statistics)
 
     def score(self, images, texts, level: str = "combined") -> Tensor:
         """How well each of I images (paths or PIL images) fits each of T sentences -> (I, T)."""
         return self.similarity(self.encode_images(images), self.encode_texts(texts), level)
 
     def encode_images(self, images, batch_size: int = 128) -> ImageFeatures:
-        """Paths or PIL images -> their features. UserError names an image that cannot be read."""
-        images, batches = list(images), []
+        """Paths or PIL images, or one -> their features. UserError names an image that cannot be read."""
+        images, batches = [images] if isinstance(images, (str, Path, Image.Image)) else list(images), []
         require(images, "there are no images to encode")
         starts = range(0, len(images), batch_size)
         for start in tqdm(starts, "images", unit="batch", disable=len(starts) < 2, leave=False):
-            pixels = [self.transform(self._open(image)) for image in images[start:start + batch_size]]
+            pixels = [self.transform(data.read_image(image, f"image {i}", self.transform.size))
+                      for i, image in enumerate(images[start:start + batch_size], start)]
             batches.append(self._encode_images(torch.stack(pixels)))
         return ImageFeatures(*(torch.cat(x).cpu() for x in zip(*batches)))
 
     def encode_texts(self, texts, batch_size: int = 256) -> TextFeatures:
-        """Sentences -> their features, padded to the longest."""
-        texts = list(texts)
+        """Sentences, or one -> their features, padded to the longest."""
+        texts = [texts] if isinstance(texts, str) else list(texts)
         batches = self.caption_batches(texts, batch_size, "sentences" if len(texts) > batch_size else None)
-        longest = max(text.tokens.shape[1] for _, text in batches)
         order = torch.cat([indices for indices, _ in batches]).argsort()
-        padded = [TextFeatures(*(F.pad(x, (0, 0) * (x.ndim - 2) + (0, longest - x.shape[1]))
-                                 for x in text[:3]), text.pooled) for _, text in batches]
-        return TextFeatures(*(torch.cat(x)[order] for x in zip(*padded)))
+        rows = ([row for part in parts for row in part] for parts in zip(*(text for _, text in batches)))
+        return TextFeatures(*(pad_sequence(x, batch_first=True)[order] for x in rows))
 
     @torch.no_grad()
     def similarity(self, images: ImageFeatures, texts: TextFeatures, level: str = "combined") -> Tensor:
@@ -193,8 +193,9 @@ class Matcher:
         """{level: (I', T) on the CPU} of some images of the split with the captions of `caption_batches`."""
         texts = [(columns, TextFeatures(*(x.to(self.device) for x in text))) for columns, text in texts]
         matrices = torch.empty(len(self.levels), len(images), sum(len(columns) for columns, _ in texts))
-        loader = runs.loader(Subset(data.EvalImages(split, self.transform), images),
-                             self.config["data"]["workers"], self.device, batch_size=batch_size)
+        load = partial(data.load_images, split=split, transform=self.transform)
+        loader = runs.loader(images, self.config["data"]["workers"], self.device, batch_size=batch_size,
+                             collate_fn=load)
         done = 0
         with tqdm(total=matrices[0].numel(), desc=f"{title}: images and similarity", unit="pairs",
                   unit_scale=True, disable=title is None, leave=False) as bar:
@@ -219,41 +220,31 @@ class Matcher:
         with runs.amp_context(self.config, self.device):
             return self.model.similarity(image, text)
 
-    def _open(self, image) -> Image.Image:
-        if isinstance(image, Image.Image):
-            return image.convert("RGB")
-        path = Path(image)
-        require(path.is_file(), f"no such image: '{path}'")
-        return data.FileSplit("images", [path.name], [[]], path.parent).load_image(0, self.transform.size)
-
 
 # ---- the command line --------------------------------------------------------------------------------------
 def split_of(args, config: dict) -> tuple[data.Split, dict, str]:
     """The split that --split, --config, --data-root and --limit ask for -> split, datasets, data root."""
     datasets = runs.read_blocks(args.config)["datasets"] if args.config else config["datasets"]
     root = args.data_root or config["data"]["root"]
-    names = data.split_names(datasets)
-    wanted = args.split or data.splits_of(names, config["data"]["name"], "test")[0]
-    split = data.load_split(wanted, datasets, root)
-    return split.subset(slice(args.limit)) if args.limit else split, datasets, root
+    wanted = args.split or data.name_of_part(datasets, config["data"]["name"], "test")
+    return data.load_split(wanted, datasets, root, limit=args.limit), datasets, root
 
 
 def main(args):
     path = runs.find_checkpoint(args.ckpt)
     if str(path) != args.ckpt:
         print(f"checkpoint: {path}")
-    checkpoint = runs.load_checkpoint(path)
-    split, datasets, _ = split_of(args, checkpoint["config"])
-    folds = data.split_names(datasets)[split.name.split("[")[0]][2]
-    require(folds <= len(split), f"{split.name} is the mean of {folds} folds: take at least {folds} images")
     grm = load(path)
+    split, _, _ = split_of(args, grm.config)
+    folds = split.folds
+    require(folds <= len(split), f"{split.name} is the mean of {folds} folds: take at least {folds} images")
     results = grm.evaluate(split, folds, args.batch_size)
     print(describe(split.name, split, folds))
     print(figures_table(results))
     if args.out:
-        report = {"checkpoint": str(path), "recipe": checkpoint["config"]["recipe"],
-                  "step": checkpoint["step"], "split": split.name, "images": len(split),
-                  "captions": len(split.texts), "folds": folds, "levels": results}
+        report = {"checkpoint": str(path), "recipe": grm.config["recipe"], "step": grm.step,
+                  "split": split.name, "images": len(split), "captions": len(split.texts), "folds": folds,
+                  "levels": results}
         Path(args.out).mkdir(parents=True, exist_ok=True)
         (Path(args.out) / "metrics.json").write_text(json.dumps(report, indent=1) + "\n")
 

@@ -67,6 +67,11 @@ def auc(positive, negative):
     return float((below + up_to).mean() / 2 / len(negative))
 
 
+def mean(values):
+    """None without values, or where one has no meaning."""
+    return float(np.mean(values)) if len(values) and np.isfinite(values).all() else None
+
+
 def bootstrap(values, images, groups=None, draws=2000):
     """[mean, low, high]: a mean and its 95% interval from resampling whole images, whose values go together.
 
@@ -82,13 +87,13 @@ def bootstrap(values, images, groups=None, draws=2000):
     if not sizes.any(0).all():
         return None
 
-    def mean(weights):
+    def means_of(weights):
         with np.errstate(invalid="ignore"):                                 # a draw may lack a group
             means = (weights @ sums) / (weights @ sizes)
         return means[:, 0] if groups is None else means[:, 1] - means[:, 0]
 
     drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), draws)
-    return [mean(np.ones((1, count))).item(), *np.nanquantile(mean(drawn), [0.025, 0.975]).tolist()]
+    return [means_of(np.ones((1, count))).item(), *np.nanquantile(means_of(drawn), [0.025, 0.975]).tolist()]
 
 
 def inside(boxes, grid):
@@ -141,11 +146,10 @@ def with_truth(split, datasets, root):
     """-> the split, with the captions of Flickr30K Entities if there are any, and a Truth for each image."""
     if isinstance(split, data.ShapesSplit):
         return split, [Truth(scene.phrases, [shape.box for shape in scene.objects]) for scene in split.scenes]
-    dataset = data.split_names(datasets)[split.name.split("[")[0]][0]
-    folder = datasets[dataset].get("entities")
+    folder = datasets[split.dataset].get("entities")
     if folder is None:
         return split, [Truth([None] * len(captions), []) for captions in split.captions]
-    data.require(isinstance(folder, str), f"configs: datasets.{dataset}.entities must be a folder")
+    data.require(isinstance(folder, str), f"configs: datasets.{split.dataset}.entities must be a folder")
     captions, truths = [], []
     for name in split.image_names:
         own_captions, phrases = read_entities(Path(root) / folder, Path(name).stem)
@@ -218,7 +222,7 @@ class Encoded(NamedTuple):
     captions: list              # of each caption: tokens (M, d), mask (M,), and its tokens' offsets
 
 
-def encode(matcher, split, batch_size, progress):
+def encoded_images(matcher, split, batch_size, progress):
     """Yields Encoded, image by image."""
     config, first = matcher.config, matcher.model.class_tokens
     starts = range(0, len(split), batch_size)
@@ -228,14 +232,14 @@ def encode(matcher, split, batch_size, progress):
         pictures = [split.load_image(i, config["image"]["size"]) for i in rows]
         image, text = matcher.encode_images(pictures, batch_size), matcher.encode_texts(texts, len(texts))
         offsets = data.token_offsets(matcher.tokenizer, texts, config["text"]["max_length"])
-        variance = (image.log_var.float().exp() / matcher.model.sampler.prior).mean(-1).numpy()
-        unit, K = F.normalize(image.means.float(), dim=-1), image.means.shape[1]
+        variance = (image.log_var.exp() / matcher.model.sampler.prior).mean(-1).numpy()
+        unit, K = F.normalize(image.means, dim=-1), image.means.shape[1]
         cosine = (((unit @ unit.transpose(1, 2)).sum((1, 2)) - K) / (K * (K - 1))).tolist()
-        captions = iter(zip(text.tokens.float().numpy(), text.mask.float().numpy(), offsets))
+        captions = iter(zip(text.tokens.numpy(), text.mask.numpy(), offsets))
         for b, i in enumerate(rows):
-            yield Encoded(image.tokens[b, first:].float().numpy(), image.mask[b, first:].float().numpy(),
-                          F.normalize(image.regions[b].float(), dim=-1).numpy(), variance[b],
-                          cosine[b], [next(captions) for _ in split.captions[i]])
+            yield Encoded(image.tokens[b, first:].numpy(), image.mask[b, first:].numpy(),
+                          F.normalize(image.regions[b], dim=-1).numpy(), variance[b], cosine[b],
+                          [next(captions) for _ in split.captions[i]])
 
 
 def measure(matcher, split, truths, batch_size=128, progress=True):
@@ -243,7 +247,7 @@ def measure(matcher, split, truths, batch_size=128, progress=True):
     rows = []                       # a phrase: image, chance, hit by words, hit by masks, variance, ambiguous
     cosines = []                    # an image
     masks = defaultdict(list)       # mask values by what they lie on
-    images = encode(matcher, split, batch_size, progress)
+    images = encoded_images(matcher, split, batch_size, progress)
     for i, (image, captions, truth) in enumerate(zip(images, split.captions, truths)):
         grid = math.isqrt(len(image.mask))
         cosines.append(image.cosine)
@@ -267,7 +271,6 @@ def measure(matcher, split, truths, batch_size=128, progress=True):
     image_of, chance, by_words, by_masks, variance, ambiguous = np.array(rows, dtype=float).reshape(-1, 6).T
     masks = defaultdict(list, {kind: np.concatenate(parts) for kind, parts in masks.items()})
     uncertain = matcher.model.sampler.sample
-    mean = lambda values: float(np.mean(values)) if len(values) and np.isfinite(values).all() else None
     return {"split": split.name, "images": len(split), "phrases": len(rows), "chance": mean(chance),
             "pointing, words": mean(by_words), "pointing, masks": mean(by_masks),
             "masks less words": bootstrap(by_masks - by_words, image_of),

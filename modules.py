@@ -83,9 +83,8 @@ def budget_shift(score: Tensor, valid: Tensor, keep: float) -> Tensor:
 class RegionPrompts(nn.Module):
     """Eq. 2-3: A_r = sigmoid(V P^T) with the rows of P at unit length, columns normalised, mu = A_r^T V.
 
-    A sigmoid of cosines is nearly flat, which makes every region the mean of the image. With `scale`, the
-    products are therefore multiplied by a learned scale and shifted by a learned bias, at first `scale` and
-    -scale / 2.
+    A sigmoid of cosines is nearly flat, which makes every region the mean of the image. `scale` is where a
+    learned factor of the products starts, with a learned bias of at first -scale / 2.
 
     forward: tokens (B, L, d), mask (B, L) or None, a factor of the attention -> means (B, K, d), attention
     (B, L, K) whose columns sum to 1, and A_r itself (B, L, K).
@@ -185,10 +184,10 @@ def kl_loss(means: Tensor, log_var: Tensor, prior: float = 1.0) -> Tensor:
     return 0.5 * (ratio + means.float().square() / prior - 1 - ratio.log()).mean()
 
 
-def entropy_loss(scores: Tensor) -> Tensor:
+def entropy_loss(raw_attention: Tensor) -> Tensor:
     """Eq. 12, L_ent: -A_r log A_r of the sigmoids of Eq. 2 (B, L, K), mean over batch, tokens and regions."""
     # Clamped, because the slope at 0 is infinite.
-    return torch.special.entr(scores.float().clamp_min(1e-30)).mean()
+    return torch.special.entr(raw_attention.float().clamp_min(1e-30)).mean()
 
 
 # ---- the model ---------------------------------------------------------------------------------------------
@@ -198,11 +197,11 @@ class ImageFeatures(NamedTuple):
     mask: Tensor                        # (B, L)    A_V
     regions: Tensor                     # (B, K, d) U
     pooled: Tensor                      # (B, d)    the image as a whole, unit length; (B, 0) if not joint
-    mean: Tensor | None = None          # (B, 1, d) the mean of V^
+    token_mean: Tensor | None = None    # (B, 1, d) the mean of V^
     means: Tensor | None = None         # (B, K, d) mu
     log_var: Tensor | None = None       # (B, K, d) log sigma^2
     attention: Tensor | None = None     # (B, L, K) A^_r, whose columns sum to 1
-    scores: Tensor | None = None        # (B, L, K) A_r
+    raw_attention: Tensor | None = None # (B, L, K) A_r
 
 
 class TextFeatures(NamedTuple):
@@ -257,12 +256,12 @@ class GRM(nn.Module):
         mask = self.image_adapter(V) if self.image_adapter else torch.ones_like(V[..., 0])      # (B, L) Eq. 1
         tokens = F.normalize(V.float(), dim=-1)
         V, weight = self.masked(tokens if self.unit_tokens else V.float(), mask)
-        means, attention, scores = self.region_prompts(V, weight)              # (B, K, d)    Eq. 2-3
+        means, attention, raw = self.region_prompts(V, weight)                 # (B, K, d)    Eq. 2-3
         regions, log_var = self.sampler(means, attention)                      # (B, K, d)    Eq. 4-6
         weight = torch.ones_like(mask) if weight is None else weight
         mean = (weight / weight.sum(1, keepdim=True).clamp_min(1e-6))[:, None].to(V) @ V         # (B, 1, d)
         pooled = F.normalize(pooled.float(), dim=-1)
-        return ImageFeatures(tokens, mask, regions, pooled, mean, means, log_var, attention, scores)
+        return ImageFeatures(tokens, mask, regions, pooled, mean, means, log_var, attention, raw)
 
     def encode_text(self, ids: Tensor, valid: Tensor, words: Tensor) -> TextFeatures:
         """ids (B, M); valid (B, M) bool, False on padding; words (B, M) bool, the caption's own tokens."""
@@ -271,7 +270,7 @@ class GRM(nn.Module):
         aligned = valid if self.special_tokens else words
         # Ours judges words by themselves: in context, function words take up what is said around them.
         judged = F.layer_norm(embeddings, embeddings.shape[-1:]) if self.mask_reads_embeddings else T
-        mask = self.text_adapter(judged, aligned) if self.text_adapter else aligned.to(T)       # (B, M) Eq. 1
+        mask = self.text_adapter(judged, aligned) if self.text_adapter else aligned.float()     # (B, M) Eq. 1
         tokens, pooled = (F.normalize(x.float(), dim=-1) for x in (T, pooled))
         return TextFeatures(tokens, aligned, mask, pooled)
 
@@ -321,8 +320,8 @@ class GRM(nn.Module):
                  for level in LEVELS if level in scores}
         total = scale * sum(self.levels[level] * term for level, term in terms.items())
         if self.levels["unc"]:                          # the regularisers act on regions, which only unc uses
-            terms["consistency"] = consistency_loss(image.regions, image.mean)
-            terms["entropy"] = entropy_loss(image.scores)
+            terms["consistency"] = consistency_loss(image.regions, image.token_mean)
+            terms["entropy"] = entropy_loss(image.raw_attention)
             if self.sampler.sample:
                 terms["kl"] = kl_loss(image.means, image.log_var, self.sampler.prior)
         total = total + sum(settings[name] * term for name, term in terms.items() if name not in LEVELS)

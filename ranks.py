@@ -18,11 +18,6 @@ from data import require
 REGULARISERS = ("consistency", "kl", "entropy")         # means over the batch that need no other rank's pairs
 
 
-def shared(run_class):
-    """The class of a run, such as train_grm.Run, for one rank of several."""
-    return type("SharedRun", (SharedRun, run_class), {})
-
-
 class SharedRun:
     """What differs from train_grm.Run, which comes after it in the order of methods."""
 
@@ -46,7 +41,8 @@ class SharedRun:
     def gradients(self, batch, epochs):
         total, terms, image, text = super().gradients(batch, epochs)
         average([p.grad for p in self.model.parameters() if p.grad is not None])
-        average(values := [total, *terms.values()])
+        values = [total, *terms.values()]
+        average(values)
         return values[0], dict(zip(terms, values[1:])), image, text
 
     def stop_or_late(self):
@@ -87,7 +83,7 @@ class SharedRun:
 
     def load_best(self):
         dist.barrier()
-        super().load_best()
+        return super().load_best()
 
     def test(self):
         super().test()

@@ -87,7 +87,7 @@ def place_objects(rng):
     return objects
 
 
-def draw(objects, size, rng):
+def paint(objects, size, rng):
     """-> uint8 (size, size, 3): objects on muted, cluttered ground, drawn large and then reduced."""
 
     def muted(*shape):  # grey to brown
@@ -199,7 +199,7 @@ def counting(rng, objects):
     return parts
 
 
-def describe(objects, rng):
+def write_captions(objects, rng):
     """Five true captions with their phrases: list, relation, vague relation, count, list or relation."""
     vague = pick(rng, (0,), (1,), (2,), (0, 1))
     clear = pick(rng, (0, 2), PLAIN, FULL)
@@ -221,11 +221,11 @@ class Scene:
     def __init__(self, key, size):
         self.rng, self.size = np.random.default_rng(key), size
         self.objects = place_objects(self.rng)
-        self.captions, self.phrases = map(list, zip(*describe(self.objects, self.rng)))
+        self.captions, self.phrases = map(list, zip(*write_captions(self.objects, self.rng)))
 
     @cached_property
     def pixels(self):
-        return draw(self.objects, self.size, self.rng)
+        return paint(self.objects, self.size, self.rng)
 
 
 def scenes_of(part, count, size=64, seed=0):

@@ -70,9 +70,10 @@ class Run:
             torch.use_deterministic_algorithms(True)
         self.load_data()
         last = runs.load_last(out) if resume else None
-        require(not last or last["config"].get("recipe") == config["recipe"],
-                f"--resume: '{out}' was trained with --recipe {last and last['config'].get('recipe')}, not "
-                f"{config['recipe']}: name that, or choose another --out")
+        if last:
+            recipe = last["config"]["recipe"]
+            require(recipe == config["recipe"], f"--resume: '{out}' was trained with --recipe {recipe}, not "
+                    f"{config['recipe']}: name that, or choose another --out")
         self.build_model(last)
         self.build_loader()
         self.prepare_folder(resume)
@@ -142,11 +143,8 @@ class Run:
                 return
 
     def gradients(self, batch: dict, epochs: float):
-        def loss(image, text, image_ids):
-            return self.loss(image, text, image_ids, epochs)
-
-        micro_batch = self.config["train"]["micro_batch"]
-        return gradients(self.model, batch, loss, micro_batch, self.amp, self.scaler.scale)
+        return gradients(self.model, batch, partial(self.loss, epochs=epochs),
+                         self.config["train"]["micro_batch"], self.amp, self.scaler.scale)
 
     def loss(self, image, text, image_ids, epochs: float):
         return self.model.loss(image, text, image_ids, self.config["loss"], epochs)
@@ -190,25 +188,24 @@ class Run:
 
     def test(self):
         """The table of best.pt on the test split or, where the data has none, on the validation split."""
-        self.load_best()
+        step = self.load_best()
         try:
-            name = data.splits_of(self.names, self.config["data"]["name"], "test")[0]
+            name = data.name_of_part(self.config["datasets"], self.config["data"]["name"], "test")
             split, what = self.load_split(name), "test"
         except UserError as error:
             self.say(f"no test split ({error}): this is the validation split, on which best.pt was chosen")
             split, what = self.val_split, "validation"
-        folds = min(len(split), self.names[split.name.split("[")[0]][2])
+        folds = min(len(split), split.folds)
         results = self.evaluate(split, folds)
-        self.log({"test_split": split.name, "test": results})
-        self.say(f"\nbest.pt (step {self.step}) on {eval_grm.describe(split.name, split, folds)}\n"
+        self.log({"step": step, "test_split": split.name, "test": results})
+        self.say(f"\nbest.pt (step {step}) on {eval_grm.describe(split.name, split, folds)}\n"
                  f"{eval_grm.figures_table(results)}\n{what} rSum {results['combined']['rsum']:.1f}")
 
     # ---- its parts -----------------------------------------------------------------------------------------
     def load_data(self):
         """All data, checked before the first step."""
-        config = self.config["data"]
-        self.names = data.split_names(self.config["datasets"])
-        train, val = (data.splits_of(self.names, config["name"], part)[0] for part in ("train", "val"))
+        config, datasets = self.config["data"], self.config["datasets"]
+        train, val = (data.name_of_part(datasets, config["name"], part) for part in ("train", "val"))
         self.train_split, self.val_split = map(self.load_split, (train, config["val_split"] or val))
 
     def load_split(self, name: str) -> data.Split:
@@ -238,7 +235,7 @@ class Run:
         config, train = self.config, self.config["train"]
         length, texts = config["text"]["max_length"], self.train_split.texts
         transform = data.image_transform(config["image"]["size"], *self.model.image_encoder.statistics,
-                                         train=True, crop=config["augment"]["crop"])
+                                         crop=config["augment"]["crop"])
         captions = data.tokenize(self.tokenizer, texts, length)
         mirrored = data.mirror_tokens(self.tokenizer, texts, length)
         pairs = data.TrainPairs(self.train_split, captions, transform, config["augment"], self.tokenizer,
@@ -302,10 +299,11 @@ class Run:
                           "other random numbers")
             torch.manual_seed(self.config["train"]["seed"] + self.step + self.rank)
 
-    def load_best(self):
+    def load_best(self) -> int:
+        """Takes the weights of best.pt -> the step that they are of."""
         best = runs.load_checkpoint(self.out / "best.pt")
         self.model.load_state_dict(best["model"])
-        self.step = best["step"]
+        return best["step"]
 
     def random_states(self) -> list:
         return [random_state()]                                    # of every process
@@ -375,7 +373,7 @@ def main(args) -> str | None:
     kind = Run
     if "RANK" in os.environ:                                  # one of several processes that torchrun started
         import ranks
-        kind = ranks.shared(Run)
+        kind = type("SharedRun", (ranks.SharedRun, Run), {})
     signals, run, begun = runs.Signals(), None, False
     try:
         with signals.at_once():

@@ -15,8 +15,8 @@ def parse_arguments(argv=None):
     parser.add_argument("--ckpt", required=True, metavar="FILE", help="checkpoint, as eval_grm.py takes it")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--image", nargs="+", metavar="FILE", help="images of your own, each with a --caption")
-    what.add_argument("--split", default="shapes", metavar="NAME",
-                      help="images of a split or of part of one, as f8k_val[500:] (default: shapes)")
+    what.add_argument("--split", metavar="NAME", help="images of a split or of part, as f8k_val[500:]\n"
+                                                      "(default: the run's test split)")
     parser.add_argument("--caption", nargs="+", metavar="TEXT", help="a caption for each --image")
     parser.add_argument("--rows", type=int, default=3, metavar="N", help="images of a split (default 3)")
     parser.add_argument("--words", nargs="+", metavar="WORD",
@@ -97,8 +97,8 @@ def explain(matcher, picture, caption, words=(), with_regions=False):
     max_length = matcher.config["text"]["max_length"]
     offsets, = data.token_offsets(matcher.tokenizer, [caption], max_length)
     places = slice(matcher.model.class_tokens, None)                        # class tokens have no place
-    tokens_v, mask_v = image.tokens[0, places].float().numpy(), image.mask[0, places].float().numpy()
-    tokens_t, mask_t = text.tokens[0].float().numpy(), text.mask[0].float().numpy()
+    tokens_v, mask_v = image.tokens[0, places].numpy(), image.mask[0, places].numpy()
+    tokens_t, mask_t = text.tokens[0].numpy(), text.mask[0].numpy()
 
     def mask_of(span):
         tokens = token_indices(offsets, *span)
@@ -113,8 +113,8 @@ def explain(matcher, picture, caption, words=(), with_regions=False):
         heat = similarity_maps(tokens_t[tokens] @ tokens_v.T, mask_v, mask_t[tokens])["words"]
         row.words.append((word, scaled(heat, heat.min())))
     if with_regions:
-        variance = (image.log_var[0].float().exp() / matcher.model.sampler.prior).mean(-1)
-        for k, attention in enumerate(image.attention[0, places].float().numpy().T):
+        variance = (image.log_var[0].exp() / matcher.model.sampler.prior).mean(-1)
+        for k, attention in enumerate(image.attention[0, places].numpy().T):
             note = f", variance {variance[k]:.2f}" if matcher.model.sampler.sample else ""
             row.regions.append((f"region {k + 1}{note}", scaled(attention, 0)))
     return row
@@ -131,7 +131,7 @@ def resize(matcher, size):
     except Exception as error:                                              # timm raises any type
         raise data.UserError(f"--size {size}: the encoder cannot take it ({one_line(error)})") from None
     matcher.config["image"]["size"] = size
-    matcher.transform = data.image_transform(size, *encoder.statistics, train=False)
+    matcher.transform = data.image_transform(size, *encoder.statistics)
 
 
 # ---- drawing -----------------------------------------------------------------------------------------------
@@ -218,11 +218,11 @@ def examples(args, config):
     """[(picture, caption)] that the arguments ask for."""
     found, words = [], args.words or []
     if args.image:
-        for path, caption in zip(map(Path, args.image), args.caption):
-            split = data.FileSplit("--image", [path.name], [[caption]], path.parent)
-            found.append((split.load_image(0), caption))
+        found = [(data.read_image(path, "of --image"), text) for path, text in zip(args.image, args.caption)]
     else:
-        split = data.load_split(args.split, config["datasets"], args.data_root or config["data"]["root"])
+        datasets, root = config["datasets"], args.data_root or config["data"]["root"]
+        name = args.split or data.name_of_part(datasets, config["data"]["name"], "test")
+        split = data.load_split(name, datasets, root)
         for i, captions in enumerate(split.captions):
             fitting = [caption for caption in captions if all(find_word(caption, word) for word in words)]
             if fitting and len(found) < args.rows:

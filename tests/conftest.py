@@ -56,6 +56,14 @@ def run_train(*argv):
     return exit_of(train_grm, [*config, *argv])
 
 
+@pytest.fixture(scope="session")
+def run_folder(tmp_path_factory):
+    """The folder of a finished run of two steps."""
+    out = tmp_path_factory.mktemp("runs") / "tiny"
+    assert run_train("--backbone", "vit_micro", "--out", out, "--set", *TINY, "train.max_steps=2") is None
+    return out
+
+
 def run_eval(*argv):
     import eval_grm
     return exit_of(eval_grm, [str(value) for value in argv])
@@ -87,6 +95,12 @@ def signal_at(owner, name, call, number=signal.SIGTERM):
         yield
     finally:
         setattr(owner, name, real)
+
+
+class Bomb:
+    """Unpickled, it would make a folder."""
+    def __reduce__(self):
+        return os.mkdir, (str(Bomb.path),)
 
 
 def records(out):

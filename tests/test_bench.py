@@ -20,12 +20,12 @@ def test_memory_counts_what_is_freed_again_and_not_what_is_returned():
         torch.ones(100 * 2 ** 18)                    # 100 MiB, freed at once
         return torch.ones(50 * 2 ** 18)              # 50 MiB, returned
 
-    seconds, peak = bench_grm.measure(call, CPU)
+    seconds, peak = bench_grm.cost_of(call, CPU)
     assert seconds > 0
     if peak is None:
         pytest.skip("the peak of the resident memory is known on Linux only")
     assert peak == pytest.approx(100, abs=4)
-    assert bench_grm.measure(call, CPU, 50 * 2 ** 20)[1] == pytest.approx(50, abs=4)
+    assert bench_grm.cost_of(call, CPU, 50 * 2 ** 20)[1] == pytest.approx(50, abs=4)
 
 
 def test_a_step_with_and_without_its_encoders_are_rows_of_a_table(capsys):

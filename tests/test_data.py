@@ -104,9 +104,10 @@ def test_split_names_default_to_test_val_and_train_and_carry_folds():
     folds = MINE | {"splits": {"coco1k": {"part": "test", "folds": 5}}}
     names = {"mine": ("mine", "test", 1), "mine_val": ("mine", "val", 1), "mine_train": ("mine", "train", 1),
              "coco1k": ("coco", "test", 5)}
-    assert data.split_names({"mine": MINE | {"entities": "e"}, "coco": folds}) == names
-    assert data.splits_of(names, "mine", "val") == ["mine_val"]
-    message(lambda: data.splits_of(names, "coco", "val"), "'coco'", "'val'", "datasets.coco.splits")
+    blocks = {"mine": MINE | {"entities": "e"}, "coco": folds}
+    assert data.split_names(blocks) == names
+    assert data.name_of_part(blocks, "mine", "val") == "mine_val"
+    message(lambda: data.name_of_part(blocks, "coco", "val"), "'coco'", "'val'", "datasets.coco.splits")
 
 
 def test_a_slice_keeps_the_images_and_their_captions():
@@ -232,8 +233,8 @@ def test_a_large_jpeg_is_decoded_smaller_but_never_below_twice_the_size_asked_fo
 
 
 def test_the_evaluation_transform_squashes_and_the_training_one_crops():
-    evaluate, uncut, cut = (data.image_transform(32, (.5,) * 3, (.5,) * 3, train, crop) for train, crop in (
-        (False, (.6, 1)), (True, [1.0, 1.0]), (True, (.6, 1))))
+    evaluate, uncut, cut = (data.image_transform(32, (.5,) * 3, (.5,) * 3, *crop) for crop in (
+        (), ([1.0, 1.0],), ((.6, 1),)))
     whole = np.asarray(NOISE.resize((32, 32), Image.Resampling.BICUBIC)).transpose(2, 0, 1) / 127.5 - 1
     assert evaluate(NOISE).dtype == torch.float32 and evaluate.size == cut.size == 32
     assert np.allclose(evaluate(NOISE), whole, atol=1.01 / 127.5)  # one grey level
@@ -375,7 +376,8 @@ def test_epochs_differ_a_resumed_one_goes_on_and_the_ranks_parts_make_up_every_b
 
 
 def train_pairs(split, train=True, tok=None, **augment):
-    tok, transform = tok or word_tokenizer(), data.image_transform(32, (0,) * 3, (1,) * 3, train, (.6, 1))
+    tok, crop = tok or word_tokenizer(), (.6, 1) if train else (1, 1)
+    transform = data.image_transform(32, (0,) * 3, (1,) * 3, crop)
     captions, mirrored = data.tokenize(tok, split.texts, 32), data.mirror_tokens(tok, split.texts, 32)
     augment = {"flip": .5, "word_drop": 0, "word_mask": 0, "word_random": 0} | augment
     return data.TrainPairs(split, captions, transform, augment, tok, mirrored)
@@ -412,5 +414,6 @@ def test_an_image_that_vanishes_names_itself_also_from_a_worker(tmp_path):
     pairs = train_pairs(split, train=False)
     (tmp_path / "2.png").unlink()                     # after the files were looked for
     message(lambda: pairs[0, 0, 0], "2.png")
-    loader = DataLoader(data.EvalImages(pairs.split, pairs.transform), num_workers=1)
-    assert message(lambda: list(loader)).startswith(repr(str(tmp_path / "2.png")))
+    load = partial(data.load_images, split=pairs.split, transform=pairs.transform)
+    loader = DataLoader(range(1), num_workers=1, collate_fn=load)
+    assert message(lambda: list(loader)).startswith(f"no such image: '{tmp_path / '2.png'}', image 0 of mine")

@@ -93,13 +93,6 @@ def test_the_batch_size_changes_no_figure(matcher):
 
 # ---- the door for Python users -----------------------------------------------------------------------------
 @pytest.fixture(scope="module")
-def run_folder(tmp_path_factory):
-    out = tmp_path_factory.mktemp("runs") / "tiny"
-    assert run_train("--backbone", "vit_micro", "--out", out, "--set", *TINY, "train.max_steps=2") is None
-    return out
-
-
-@pytest.fixture(scope="module")
 def grm(run_folder):
     return eval_grm.load(run_folder / "best.pt")
 
@@ -124,6 +117,22 @@ def test_score_is_evaluations_matrix(grm, scenes, level, monkeypatch):
     images = [Image.open(path) for path in paths]
     torch.testing.assert_close(grm.score(images, texts, level), expected, atol=1e-6, rtol=0)
     torch.testing.assert_close(grm.score([str(paths[3])], texts[5:6], level), expected[3:4, 5:6])
+    for image in (paths[3], str(paths[3]), images[3]):                       # one, not in a list
+        torch.testing.assert_close(grm.score(image, texts[5], level), expected[3:4, 5:6])
+
+
+def test_an_image_that_is_turned_or_transparent_is_read_alike_from_a_path_and_from_pillow(grm, tmp_path):
+    noise = np.random.default_rng(0).integers(256, size=(40, 60, 4), dtype=np.uint8)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.fromarray(noise).save(tmp_path / "clear.png")
+    Image.fromarray(noise[..., :3]).save(tmp_path / "turned.png", exif=turned)
+    paths = [tmp_path / "clear.png", tmp_path / "turned.png"]
+    images = [Image.open(path) for path in paths]
+    assert torch.equal(grm.encode_images(images).tokens, grm.encode_images(paths).tokens)
+    assert images[1].size == (60, 40) and images[0].mode == "RGBA"           # ours to read, not to change
+    upright = Image.fromarray(noise[..., :3]).transpose(Image.Transpose.ROTATE_270)
+    assert torch.equal(grm.encode_images(upright).tokens, grm.encode_images(paths[1]).tokens)
 
 
 def test_encoded_features_have_the_documented_shapes_and_can_be_kept_and_joined(grm, scenes):
@@ -133,7 +142,7 @@ def test_encoded_features_have_the_documented_shapes_and_can_be_kept_and_joined(
     longest = max(len(grm.tokenizer(text).input_ids) for text in texts)
     assert isinstance(images, ImageFeatures) and isinstance(sentences, TextFeatures)
     assert images.tokens.shape == (7, 16, d) and images.mask.shape == (7, 16)
-    assert images.regions.shape == (7, K, d) and images.mean.shape == (7, 1, d)
+    assert images.regions.shape == (7, K, d) and images.token_mean.shape == (7, 1, d)
     assert sentences.tokens.shape == (35, longest, d)
     assert sentences.valid.shape == sentences.mask.shape == (35, longest)
     assert all(x.device.type == "cpu" and not x.requires_grad for x in (*images, *sentences))
@@ -153,6 +162,7 @@ def test_a_mistake_in_python_is_one_line(grm, scenes, tmp_path):
     for call, said in ((lambda: grm.score(paths, texts, "all"), "ori, key, unc, combined"),
                        (lambda: grm.score([tmp_path / "gone.jpg"], texts), "gone.jpg"),
                        (lambda: grm.score([tmp_path / "text.jpg"], texts), "text.jpg"),
+                       (lambda: grm.score([np.zeros((9, 9, 3))], texts), "image 0 is a ndarray"),
                        (lambda: grm.score([], texts), "no images"),
                        (lambda: grm.score(paths, []), "no sentences"),
                        (lambda: eval_grm.load("gone.pt"), "no such checkpoint")):

@@ -185,8 +185,8 @@ def test_an_image_that_does_not_decode_is_named(tmp_path, monkeypatch, damage):
 def test_images_of_any_shape_are_trained_on(tmp_path, size):
     Image.new("RGB", size, (9, 9, 9)).save(tmp_path / "0.jpg")
     split = data.FileSplit("mine", ["0.jpg"], [["a"]], tmp_path)
-    for train in (False, True):
-        pixels = data.image_transform(32, (0,) * 3, (1,) * 3, train, (.6, 1))(split.load_image(0, 32))
+    for crop in ((1, 1), (.6, 1)):
+        pixels = data.image_transform(32, (0,) * 3, (1,) * 3, crop)(split.load_image(0, 32))
         assert pixels.shape == (3, 32, 32) and (pixels * 255 - 9).abs().max() < 3
 
 

@@ -207,7 +207,7 @@ def test_recipe_grm_reads_unit_tokens_and_the_scaled_prior(tiny_model):
     means, attention, _ = model.region_prompts(image.tokens, image.mask)
     torch.testing.assert_close(image.means, means)
     mean = (image.mask[..., None] * image.tokens).sum(1, keepdim=True) / image.mask.sum(1)[:, None, None]
-    torch.testing.assert_close(image.mean, mean)
+    torch.testing.assert_close(image.token_mean, mean)
     assert model.sampler.prior == pytest.approx(1 / image.tokens.shape[-1])
 
 

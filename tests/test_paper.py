@@ -180,7 +180,7 @@ def ours(setting, epochs=1.0):
     scores = model.similarity(image, text)
     total_loss, terms = model.loss(image, text, torch.tensor(IMAGE_IDS), config, epochs)
     terms = {f"L_{name}": term for name, term in terms.items()} | {"loss": total_loss}
-    features = {"A_V": image.mask, "A_r": image.scores.transpose(1, 2), "mu": image.means,
+    features = {"A_V": image.mask, "A_r": image.raw_attention.transpose(1, 2), "mu": image.means,
                 "log_var": image.log_var, "U": image.regions}
     return scores, terms, features
 

@@ -28,7 +28,8 @@ CASES = {                                # recipe, settings, pairs, pairs encode
 
 def silent_run(recipe, sets, rank, count):
     """A run of one rank without a folder or noise: its masks are the softmax's, its regions their means."""
-    run = object.__new__(ranks.shared(train_grm.Run) if count > 1 else train_grm.Run)
+    shared = type("SharedRun", (ranks.SharedRun, train_grm.Run), {})
+    run = object.__new__(shared if count > 1 else train_grm.Run)
     run.config = runs.load_config(CONFIG, "vit_micro", recipe, sets=[*TINY, *sets])
     run.rank, run.ranks, run.device, run.progress = rank, count, torch.device("cpu"), False
     run.amp, run.scaler = contextlib.nullcontext(), torch.amp.GradScaler("cpu", enabled=False)

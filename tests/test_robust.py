@@ -14,7 +14,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, TINY, records, run_train, signal_at
+from conftest import ROOT, TINY, Bomb, records, run_train, signal_at
 
 import data
 import encoders
@@ -276,11 +276,6 @@ def test_an_image_that_does_not_decode_ends_the_run_with_its_name(workers, coco_
                         tmp_path / "run", "--set", *TINY, "train.batch_size=5", "train.max_steps=5",
                         f"data.workers={workers}")
     assert failure.startswith("error: ") and str(bad) in failure and "\n" not in failure
-
-
-class Bomb:
-    def __reduce__(self):
-        return os.mkdir, (str(Bomb.path),)
 
 
 def test_encoder_weights_that_would_run_code_do_not(tiny_config, tmp_path):

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 import yaml
-from conftest import CONFIG, ROOT, TINY, run_eval, run_train
+from conftest import CONFIG, ROOT, TINY, Bomb, run_eval, run_train
 
 import runs
 from data import UserError
@@ -158,13 +158,6 @@ def test_a_console_that_lacks_a_character_gets_its_number(monkeypatch):
 
 
 # ---- checkpoints -------------------------------------------------------------------------------------------
-@pytest.fixture(scope="module")
-def run_folder(tmp_path_factory):
-    out = tmp_path_factory.mktemp("runs") / "tiny"
-    assert run_train("--backbone", "vit_micro", "--out", out, "--set", *TINY, "train.max_steps=2") is None
-    return out
-
-
 @pytest.fixture
 def copied(run_folder, tmp_path):
     """That folder, to be damaged."""
@@ -211,13 +204,6 @@ def test_a_run_is_not_resumed_with_another_recipe(copied):
     before = (copied / "last.pt").read_bytes()
     assert one_line(resume(copied, recipe="paper"), "error: --resume", "--recipe grm", "not paper")
     assert (copied / "last.pt").read_bytes() == before
-
-
-class Bomb:
-    """Unpickled, it would make a folder."""
-    def __reduce__(self):
-        import os
-        return os.mkdir, (str(Bomb.path),)
 
 
 @pytest.mark.parametrize("content", ["text", "pickle", "torch", "other", "cut"])

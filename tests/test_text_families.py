@@ -112,7 +112,7 @@ def test_a_text_encoder_of_this_family_is_read_trained_and_restored(family, tmp_
     ids = torch.from_numpy(captions[0][:1]).long()
     with torch.no_grad():
         hidden = text_part(input_ids=ids).last_hidden_state
-        torch.testing.assert_close(read.eval().states(ids, ids >= 0)[0], hidden, rtol=0, atol=1e-5)
+        torch.testing.assert_close(read.eval()(ids, ids >= 0)[0], hidden, rtol=0, atol=1e-5)
 
     # It trains.
     assert run_train("--backbone", "vit_micro", "--out", tmp_path / "run", "--set", *TINY,
@@ -133,4 +133,4 @@ def test_a_text_encoder_of_this_family_is_read_trained_and_restored(family, tmp_
     grm.model.text_encoder, grm.tokenizer = read, tokenizer
     for restored, expected in zip(together, grm.encode_texts(3 * CAPTIONS)):
         assert torch.equal(restored, expected)
-    assert not torch.equal(read.states(ids, ids >= 0)[0], hidden)
+    assert not torch.equal(read(ids, ids >= 0)[0], hidden)

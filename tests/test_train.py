@@ -56,7 +56,7 @@ def some_pairs(config, items):
     split = data.load_split("shapes_train", config["datasets"], "")
     tokenizer = encoders.load_tokenizer(None, split.texts)
     captions = data.tokenize(tokenizer, split.texts, 64)
-    transform = data.image_transform(64, (0.5,) * 3, (0.5,) * 3, train=False)
+    transform = data.image_transform(64, (0.5,) * 3, (0.5,) * 3)
     pairs = data.TrainPairs(split, captions, transform, config["augment"] | {"flip": 0.0}, tokenizer, {})
     return data.collate([pairs[image, text, 0] for image, text in items], tokenizer.pad_token_id), tokenizer
 
