@@ -20,7 +20,7 @@ GROUPS = {
         "without_L_recon": ["loss.consistency=0"], "without_L_reg": ["loss.kl=0", "loss.entropy=0"]},
     "recipes": {"recipe_paper": [], "recipe_grm": []},   # each under its own --recipe
     # At the weight of the three levels together, so that the loss keeps its scale.
-    "ori_alone": {"ori_alone": ["loss.ori=1", "loss.key=0", "loss.unc=0"]}}
+    "ori_alone": {"ori_alone": ["loss.ori=1", "loss.key=0", "loss.unc=0", "loss.glo=0"]}}
 
 
 def parse_arguments(argv=None):
@@ -122,6 +122,8 @@ class Job:
         self.recipe = variant.removeprefix("recipe_") if variant in GROUPS["recipes"] else args.recipe
         self.folder = Path(args.out) / file_name(variant) / f"seed{seed}"
         self.log = self.folder.with_suffix(".log")
+        require(not any(word.startswith("train.seed=") for word in [*args.set, *settings]),
+                "train.seed: --seeds sets it: leave it out")
         self.settings = [*args.set, *settings, f"train.seed={seed}"]
         self.config = runs.load_config(args.config, args.backbone, self.recipe, args.data, args.data_root,
                                        self.settings)
@@ -155,8 +157,8 @@ class Job:
             return None
         # The median, because the machine may have been busy for a while.
         rates = [record["images_per_s"] for record in self.records() if "images_per_s" in record]
-        return {"rSum": levels["combined"]["rsum"], "speed": statistics.median(rates), "split": split,
-                "evidence": evidence(grounding) if self.args.grounding else {}}
+        return {"rSum": levels["combined"]["rsum"], "speed": statistics.median(rates) if rates else None,
+                "split": split, "evidence": evidence(grounding) if self.args.grounding else {}}
 
     def command(self) -> list[str]:
         """What is to be done next: train, from the start or from last.pt; evaluate another split; ground."""
@@ -217,20 +219,15 @@ def work_off(jobs: list[Job], slots: list[dict], after_each) -> dict[str, str]:
     A signal lets every run save; SystemExit then says how to go on."""
     waiting, working, failed = deque(job for job in jobs if job.result() is None), {}, {}
     signals = runs.Signals()
-    with tqdm(total=len(jobs), initial=len(jobs) - len(waiting), desc="ablate", unit="run") as bar:
-        while working or waiting and not signals.stop:
+    bar = tqdm(total=len(jobs), initial=len(jobs) - len(waiting), desc="ablate", unit="run")
+    try:
+        while (working or waiting) and not signals.stop:
             for slot, environment in enumerate(slots):
-                if slot not in working and waiting and not signals.stop:
+                if slot not in working and waiting:
                     job = waiting.popleft()
                     working[slot] = job, job.start(environment)
                     bar.set_postfix_str(", ".join(job.name for job, _ in working.values()))
             time.sleep(0.5)
-            if signals.stop:
-                for _, process in working.values():
-                    process.terminate()              # training saves last.pt after its step and ends
-                for _, process in working.values():
-                    process.wait()
-                break
             for slot, (job, process) in list(working.items()):
                 if process.poll() is None:
                     continue
@@ -243,7 +240,13 @@ def work_off(jobs: list[Job], slots: list[dict], after_each) -> dict[str, str]:
                 else:
                     said = job.log.read_text(errors="replace").replace("\r", "\n").strip().rpartition("\n")[2]
                     failed[job.name] = said.removeprefix("error: ")
-    signals.release()
+    finally:                                         # also after an error, as of a table that is not written
+        for _, process in working.values():
+            process.terminate()                      # training saves last.pt after its step and ends
+        for _, process in working.values():
+            process.wait()
+        signals.release()
+        bar.close()
     if signals.stop:
         sys.exit("stopped; every run that had begun is saved: repeat the command to go on")
     return failed
@@ -266,7 +269,7 @@ def summarise(results: dict[str, dict[int, dict]]) -> tuple[list[str], list[dict
     rows, full = [], results.get("full", {})
     for variant, seeds in results.items():
         pairs = [(seeds[seed], full[seed]) for seed in seeds if seed in full and variant != "full"]
-        times = [base["speed"] / run["speed"] for run, base in pairs]
+        times = [base["speed"] / run["speed"] for run, base in pairs if base["speed"] and run["speed"]]
         values = {"seeds": len(seeds), "rSum": [run["rSum"] for run in seeds.values()],
                   "difference": interval([run["rSum"] - base["rSum"] for run, base in pairs]),
                   "time": statistics.mean(times) if times else None}
@@ -346,9 +349,12 @@ def main(args):
         (ROOT / "RESULTS.md").write_text(results_page(ROOT / "results"), encoding="utf-8")
         return
     variants, seeds = variants_of(args), range(args.seeds)
+    require(variants, "--variants: nothing differs from recipe paper: name other variants")
     # Seed by seed, so that an unfinished table compares all variants.
     jobs = [Job(args, name, settings, seed) for seed in seeds for name, settings in variants.items()]
     config, path = jobs[0].config, Path(args.json or f"{args.out}/table.json")
+    if path.exists():
+        read_table(path)                             # an error now, not after the first run
     if args.split:
         data.load_split(args.split, config["datasets"], config["data"]["root"], check_images=False)
 

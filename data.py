@@ -4,6 +4,7 @@ A data set is a block of configs.yaml; `load_split` turns the name of a split in
 """
 import gzip
 import json
+import math
 import os
 import posixpath
 import re
@@ -319,10 +320,12 @@ def augment_tokens(caption, rng, drop, mask, random, mask_id, word_ids):
     return np.delete(np.stack([ids, caption[1]]), own[fate == 0], axis=1)
 
 
-def pad(captions, pad_id, multiple=1):
-    """list of (2, M) -> ids (B, M) int64, valid (B, M): not padding, words (B, M) bool: the captions' own."""
+def pad(captions, pad_id, multiple=1, most=math.inf):
+    """list of (2, M) -> ids (B, M) int64, valid (B, M): not padding, words (B, M) bool: the captions' own.
+    M is a multiple, or else `most`."""
     columns = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(c.T).long() for c in captions], True)
-    ids, words = torch.nn.functional.pad(columns, (0, 0, 0, -columns.shape[1] % multiple)).unbind(-1)
+    more = min(-columns.shape[1] % multiple, most - columns.shape[1])
+    ids, words = torch.nn.functional.pad(columns, (0, 0, 0, more)).unbind(-1)
     valid = torch.arange(ids.shape[1]) < torch.tensor([[c.shape[1]] for c in captions])
     return ids.masked_fill(~valid, pad_id), valid, words.bool()
 
@@ -397,10 +400,10 @@ class TrainPairs(torch.utils.data.Dataset):
             return self.transform(pixels), caption, image
 
 
-def collate(items, pad_id, multiple=1):
+def collate(items, pad_id, **length):
     """Items of TrainPairs -> {"images" (B, 3, H, W), "ids", "valid", "words" (B, M), "image_ids" (B,)}"""
     images, captions, image_ids = zip(*items)
-    text = dict(zip(("ids", "valid", "words"), pad(captions, pad_id, multiple)))
+    text = dict(zip(("ids", "valid", "words"), pad(captions, pad_id, **length)))
     return {"images": torch.stack(images), "image_ids": torch.tensor(image_ids), **text}
 
 

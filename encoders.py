@@ -26,6 +26,8 @@ from torch import Tensor, nn
 
 from data import UserError, require
 
+JOINT = "clip", "metaclip_2", "siglip"          # model types whose text part can share a space with images
+
 
 # ---- images ------------------------------------------------------------------------------------------------
 class ImageEncoder(nn.Module):
@@ -47,14 +49,11 @@ class ImageEncoder(nn.Module):
             tokens = tokens.flatten(1, 2) if nhwc else tokens.flatten(2).transpose(1, 2)
         return tokens
 
-    def pooled(self, tokens: Tensor) -> Tensor:
-        """What a model with a head for a space shared with texts makes of its tokens: (B, d)."""
-        return self.timm.forward_head(tokens)
-
     def projection(self) -> nn.Module:
         """A copy of what takes its tokens to that space. UserError if that is not CLIP's or SigLIP's way."""
         pool, head, norm = (getattr(self.timm, part, None) for part in ("attn_pool", "head", "fc_norm"))
-        require(pool is not None or isinstance(head, nn.Linear) and isinstance(norm, nn.Identity),
+        kind = nn.Linear if pool is None else nn.Identity                  # CLIP's, SigLIP's
+        require(isinstance(head, kind) and isinstance(norm, (nn.Identity, type(None))),
                 "model.joint: the image encoder has no projection into a space shared with texts")
         return copy.deepcopy(head) if pool is None else EachAlone(copy.deepcopy(pool))
 
@@ -204,9 +203,9 @@ def build_text_encoder(config: dict, pretrained: bool, vocab_size: int, pad_id: 
             shape = transformers.AutoConfig.for_model(**shape)
             model = transformers.AutoModel.from_config(shape, dtype=torch.float32)
         part = _text_part(model).float()
+        require(not joint or model.config.model_type in JOINT, f"model.joint: text encoder '{name}' is a "
+                f"{model.config.model_type}, must be one of {', '.join(JOINT)}")
         head = getattr(model, "text_projection", None) if joint else None
-        require(not joint or head or hasattr(part, "head"), f"model.joint: text encoder '{name}' has no "
-                "projection into a space shared with images")
         rows = part.get_input_embeddings().num_embeddings
         own = {*part.parameters(), *(head or part).parameters()}
     except UserError:

@@ -113,6 +113,14 @@ def load(path: str | Path, device: str | torch.device | None = None) -> "Matcher
     return Matcher(model.to(device), tokenizer, checkpoint["config"], device, checkpoint.get("step"))
 
 
+def listed(values, kinds, what: str, batch_size: int) -> list:
+    """What a user gave as a list; one alone, of such kinds, is a list of one."""
+    values = [values] if isinstance(values, kinds) else list(values)
+    require(values, f"there are no {what} to encode")
+    require(batch_size >= 1, f"batch_size is {batch_size}: it must be at least 1")
+    return values
+
+
 class Matcher:
     """A model with its tokeniser. Features are returned on the CPU, in float32. Long lists show a bar."""
 
@@ -129,8 +137,7 @@ class Matcher:
 
     def encode_images(self, images, batch_size: int = 128) -> ImageFeatures:
         """Paths or PIL images, or one -> their features. UserError names an image that cannot be read."""
-        images, batches = [images] if isinstance(images, (str, Path, Image.Image)) else list(images), []
-        require(images, "there are no images to encode")
+        images, batches = listed(images, (str, Path, Image.Image), "images", batch_size), []
         starts = range(0, len(images), batch_size)
         for start in tqdm(starts, "images", unit="batch", disable=len(starts) < 2, leave=False):
             pixels = [self.transform(data.read_image(image, f"image {i}", self.transform.size))
@@ -140,7 +147,9 @@ class Matcher:
 
     def encode_texts(self, texts, batch_size: int = 256) -> TextFeatures:
         """Sentences, or one -> their features, padded to the longest."""
-        texts = [texts] if isinstance(texts, str) else list(texts)
+        texts = listed(texts, str, "sentences", batch_size)
+        texts = [data.typed(f"{text}" if isinstance(text, str) else text, str, f"sentence {i}")
+                 for i, text in enumerate(texts)]
         batches = self.caption_batches(texts, batch_size, "sentences" if len(texts) > batch_size else None)
         order = torch.cat([indices for indices, _ in batches]).argsort()
         rows = ([row for part in parts for row in part] for parts in zip(*(text for _, text in batches)))
@@ -150,8 +159,7 @@ class Matcher:
     def similarity(self, images: ImageFeatures, texts: TextFeatures, level: str = "combined") -> Tensor:
         """(I, T) of encoded images and sentences. level: combined, which ranks, or another of `levels`."""
         require(level in self.levels, f"the model has no level '{level}', only {', '.join(self.levels)}")
-        texts = TextFeatures(*(x.to(self.device) for x in texts))
-        rows = []
+        texts, rows = TextFeatures(*(x.to(self.device) for x in texts)), []
         for start in range(0, len(images.mask), 128):
             some = ImageFeatures(*(x[start:start + 128].to(self.device) for x in images[:4]))
             rows.append(self._similarity(some, texts)[level].float().cpu())

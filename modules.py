@@ -242,14 +242,15 @@ class GRM(nn.Module):
             nn.init.zeros_(self.region_prompts.prompts.requires_grad_(False))
         self.sampler = GaussianSampler(dim, 1 / dim if prior == "scaled" else 1.0, uncertainty)
 
-    def masked(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+    def masked(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """V^ and its weights: the paper multiplies tokens by their mask, ours weights their means by it."""
-        return (tokens * mask[..., None], None) if self.masked_tokens else (tokens, mask)
+        return (tokens * mask[..., None], torch.ones_like(mask)) if self.masked_tokens else (tokens, mask)
 
     def encode_image(self, images: Tensor) -> ImageFeatures:
         """images (B, 3, H, W), normalised as the encoder expects."""
         encoded = self.image_encoder(images)                                   # (B, C + G*G, width)
-        pooled = self.image_encoder.pooled(encoded) if self.joint else encoded.new_zeros(len(encoded), 0)
+        none = encoded.new_zeros(len(encoded), 0)
+        pooled = self.image_encoder.timm.forward_head(encoded) if self.joint else none
         if not self.special_tokens:
             encoded = encoded[:, self.image_encoder.class_tokens:]
         V = self.image_proj(encoded)                                           # (B, L, d)
@@ -258,7 +259,6 @@ class GRM(nn.Module):
         V, weight = self.masked(tokens if self.unit_tokens else V.float(), mask)
         means, attention, raw = self.region_prompts(V, weight)                 # (B, K, d)    Eq. 2-3
         regions, log_var = self.sampler(means, attention)                      # (B, K, d)    Eq. 4-6
-        weight = torch.ones_like(mask) if weight is None else weight
         mean = (weight / weight.sum(1, keepdim=True).clamp_min(1e-6))[:, None].to(V) @ V         # (B, 1, d)
         pooled = F.normalize(pooled.float(), dim=-1)
         return ImageFeatures(tokens, mask, regions, pooled, mean, means, log_var, attention, raw)
@@ -332,6 +332,7 @@ def build_grm(config: dict, vocab_size: int, pad_id: int, encoder_config: dict |
               pretrained: bool = True) -> GRM:
     """The model of a configuration. pretrained=False loads nothing, for a checkpoint's weights to follow."""
     image, text, joint = config["image"], config["text"], config["model"].get("joint", False)
+    require(not joint or text["pretrained"], "model.joint needs text.pretrained: its space is a trained one")
     tried = bool(encoder_config)
     image_encoder = build_image_encoder(image, pretrained and image["pretrained"], tried, joint)
     text_encoder = build_text_encoder(text, pretrained and text["pretrained"], vocab_size, pad_id,

@@ -244,7 +244,7 @@ class Run:
                                         train["seed"], rank=self.rank, ranks=self.ranks)
         # Attention's kernels differ with what is left of a length divided by 8, and are compiled one by one.
         collate = partial(data.collate, pad_id=self.tokenizer.pad_token_id,
-                          multiple=8 if train["compile"] else 1)
+                          multiple=8 if train["compile"] else 1, most=length)
         self.loader = runs.loader(pairs, config["data"]["workers"], self.device,
                                   batch_sampler=self.sampler, collate_fn=collate)
         self.total_steps = min(train["epochs"] * len(self.sampler), train["max_steps"] or math.inf)

@@ -3,6 +3,7 @@ import json
 import math
 import os
 import signal
+import subprocess
 import threading
 import time
 
@@ -153,7 +154,9 @@ def test_variants_are_names_groups_or_settings():
 @pytest.mark.parametrize("argv, said", [
     (["--variants", "no_such"], "without_SA"), (["--variants", "model.taus=1"], "model.tau"),
     (["--set", "train.lr=fast"], "float"), (["--data", "imagenet"], "f30k"), (["--recipe", "x"], "paper"),
-    (["--split", "shapes_vall"], "shapes_val")])
+    (["--split", "shapes_vall"], "shapes_val"), (["--variants", "train.seed=5"], "--seeds sets it"),
+    (["--variants", "changes", "--recipe", "paper"], "nothing differs"),
+    (["--json", CONFIG], "is no table")])
 def test_every_variant_is_checked_before_the_first_run(argv, said, tmp_path):
     with pytest.raises(UserError) as error:
         ablate_grm.main(arguments("--out", tmp_path / "x", *argv))
@@ -194,6 +197,8 @@ def made_up(rsum, speed=1.0, **evidence):
 def test_differences_are_paired_by_seed():
     """Seeds differ much and the variant always loses about 10, and so says the interval. A seed that only one
     side has takes no part."""
+    unlogged = {"full": {0: made_up(300, None)}, "other": {0: made_up(290, None)}}    # shorter than log_every
+    assert [row["values"]["time"] for row in ablate_grm.summarise(unlogged)[1]] == [None, None]
     columns, (full, worse, none) = ablate_grm.summarise({
         "full": {0: made_up(300, cosine=0.5), 1: made_up(340), 2: made_up(380), 9: made_up(1)},
         "worse": {0: made_up(290, 2), 1: made_up(331, 2), 2: made_up(369, 2, cosine=None), 5: made_up(600)},
@@ -266,6 +271,28 @@ def test_a_run_that_fails_is_reported_in_one_line(tmp_path, capsys):
     with pytest.raises(UserError, match=r"full/seed0 failed \(.*shapes_x.*\); logs in") as error:
         ablate_grm.main(arguments(*argv))
     assert "\n" not in str(error.value) and "| full | 0 | – |" in capsys.readouterr().out
+
+
+def test_an_error_between_runs_ends_those_that_are_left():
+    class Sleeper:
+        """A run that takes so many seconds."""
+        def __init__(self, seconds):
+            self.name, self.seconds, self.process = f"sleep {seconds}", seconds, None
+
+        def result(self):
+            return self.process and {}
+
+        def start(self, environment):
+            self.process = subprocess.Popen(["sleep", str(self.seconds)], start_new_session=True)
+            return self.process
+
+    def full_disk():
+        raise OSError("No space left on device")
+    jobs, before = [Sleeper(0), Sleeper(600)], signal.getsignal(signal.SIGTERM)
+    with pytest.raises(OSError, match="No space"):
+        ablate_grm.work_off(jobs, [{}, {}], full_disk)
+    assert [job.process.poll() for job in jobs] == [0, -signal.SIGTERM]
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_runs_get_the_gpus_that_were_left_to_the_command(monkeypatch):

@@ -350,6 +350,11 @@ def test_text_batches_cover_every_caption_once_longest_first_and_mark_padding_an
             assert np.array_equal(torch.stack([ids[row], words[row]])[:, valid[row]], captions[i])
 
 
+def test_captions_are_padded_to_a_multiple_but_never_beyond_the_longest_that_the_encoder_takes():
+    short, long = (data.tokenize(word_tokenizer(), ["cat " * n], 14) for n in (3, 20))
+    assert [data.pad(captions, 0, 8, most=14)[0].shape[1] for captions in (short, long)] == [8, 14]
+
+
 # ---- items -------------------------------------------------------------------------------------------------
 def sampler(mode="captions", batch_size=10, **options):
     return data.PairSampler(shapes_split(), batch_size, mode, seed=3, **options)

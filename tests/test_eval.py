@@ -163,6 +163,9 @@ def test_a_mistake_in_python_is_one_line(grm, scenes, tmp_path):
                        (lambda: grm.score([tmp_path / "gone.jpg"], texts), "gone.jpg"),
                        (lambda: grm.score([tmp_path / "text.jpg"], texts), "text.jpg"),
                        (lambda: grm.score([np.zeros((9, 9, 3))], texts), "image 0 is a ndarray"),
+                       (lambda: grm.score(paths, ["a dog", None]), "sentence 1 is missing"),
+                       (lambda: grm.score(paths, [("a dog", "a cat")]), "sentence 0 is tuple"),
+                       (lambda: grm.encode_images(paths, batch_size=0), "batch_size is 0"),
                        (lambda: grm.score([], texts), "no images"),
                        (lambda: grm.score(paths, []), "no sentences"),
                        (lambda: eval_grm.load("gone.pt"), "no such checkpoint")):

@@ -93,19 +93,23 @@ def test_joint_encoders_learn_at_the_encoders_rate_with_their_projections(towers
 
 
 @pytest.mark.parametrize("sets, said", [
-    (["model.joint=true"], "text encoder 'None' has no projection into a space shared"),
-    (["loss.glo=1"], "needs model.joint=true")])
+    (["model.joint=true"], "needs text.pretrained"), (["loss.glo=1"], "needs model.joint=true"),
+    (["model.joint=true", "text.pretrained=true", "text.name=FOLDER"], "is a bert, must be one of clip")])
 def test_encoders_that_share_no_space_are_refused_in_one_line(sets, said, tmp_path):
-    failure = run_train("--backbone", "vit_micro", "--out", tmp_path, "--set", *TINY, *sets)
+    save_folder("bert", str(tmp_path / "bert"))
+    sets = [word.replace("FOLDER", str(tmp_path / "bert")) for word in sets]
+    failure = run_train("--backbone", "vit_micro", "--out", tmp_path / "run", "--set", *TINY, *sets)
     assert said in failure and "\n" not in failure
 
 
 @pytest.mark.parametrize("towers", ["clip"], indirect=True)
-@pytest.mark.parametrize("name", ["resnet10t", "vit_tiny_patch16_224"])
-def test_an_image_encoder_without_a_head_of_that_kind_is_refused_in_one_line(name, towers, tmp_path):
+@pytest.mark.parametrize("name, options", [
+    ("resnet10t", ""), ("vit_tiny_patch16_224", "global_pool: avg"),
+    ("vit_base_patch16_siglip_224", "embed_dim: 32, depth: 1, num_heads: 2, num_classes: 512")])
+def test_an_image_encoder_without_a_head_of_that_kind_is_refused_in_one_line(name, options, towers, tmp_path):
     failure = run_train("--backbone", "vit_micro", "--out", tmp_path / "x", "--set", *TINY, *towers[3],
-                        f"image.name={name}", "image.pretrained=false", "image.options={}",
-                        *(["image.size=64"] if name == "resnet10t" else ["image.options={global_pool: avg}"]))
+                        f"image.name={name}", "image.pretrained=false", f"image.options={{{options}}}",
+                        *(["image.size=64"] if name == "resnet10t" else []))
     assert "the image encoder has no projection" in failure and "\n" not in failure
 
 
