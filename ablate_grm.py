@@ -19,7 +19,7 @@ GROUPS = {
         "without_L_ori": ["loss.ori=0"], "without_L_key": ["loss.key=0"], "without_L_unc": ["loss.unc=0"],
         "without_L_recon": ["loss.consistency=0"], "without_L_reg": ["loss.kl=0", "loss.entropy=0"]},
     "recipes": {"recipe_paper": [], "recipe_grm": []},   # each under its own --recipe
-    # At the weight of the three levels together, so that the loss keeps its scale.
+    # At the weight of the paper's three levels together, so that the loss keeps its scale.
     "ori_alone": {"ori_alone": ["loss.ori=1", "loss.key=0", "loss.unc=0", "loss.glo=0"]}}
 
 
@@ -115,15 +115,14 @@ def flat(config: dict, prefix: str = "") -> dict:
 
 # ---- the runs ----------------------------------------------------------------------------------------------
 class Job:
-    """A variant under one seed. UserError if its folder holds a run of other settings."""
+    """A variant under one seed. UserError if its folder holds a run of other settings, or they set a seed."""
 
     def __init__(self, args, variant: str, settings: list[str], seed: int):
         self.args, self.variant, self.seed, self.name = args, variant, seed, f"{variant}/seed{seed}"
         self.recipe = variant.removeprefix("recipe_") if variant in GROUPS["recipes"] else args.recipe
         self.folder = Path(args.out) / file_name(variant) / f"seed{seed}"
         self.log = self.folder.with_suffix(".log")
-        require(not any(word.startswith("train.seed=") for word in [*args.set, *settings]),
-                "train.seed: --seeds sets it: leave it out")
+        require("train.seed=" not in " ".join([*args.set, *settings]), "train.seed is set by --seeds")
         self.settings = [*args.set, *settings, f"train.seed={seed}"]
         self.config = runs.load_config(args.config, args.backbone, self.recipe, args.data, args.data_root,
                                        self.settings)
@@ -240,7 +239,7 @@ def work_off(jobs: list[Job], slots: list[dict], after_each) -> dict[str, str]:
                 else:
                     said = job.log.read_text(errors="replace").replace("\r", "\n").strip().rpartition("\n")[2]
                     failed[job.name] = said.removeprefix("error: ")
-    finally:                                         # also after an error, as of a table that is not written
+    finally:                                         # also after an error, as of a table that has no room
         for _, process in working.values():
             process.terminate()                      # training saves last.pt after its step and ends
         for _, process in working.values():

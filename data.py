@@ -50,6 +50,7 @@ def typed(value, kind, label):
 # ---- splits ------------------------------------------------------------------------------------------------
 class Split:
     """A named list of images with their captions. texts (T,): all captions; image_of_text: int64 (T,)."""
+    dataset, folds = None, 1  # of load_split: its data set, and in how many folds it is scored
 
     def __init__(self, name, image_names, captions, folder=None):
         self.name, self.image_names, self.captions, self.folder = name, image_names, captions, folder
@@ -90,7 +91,7 @@ def read_image(source, label, size=None):
     given = isinstance(source, Image.Image)
     require(given or isinstance(source, (str, os.PathLike)),
             f"{label} is a {type(source).__name__}: give a path or a PIL image")
-    require(given or os.path.isfile(source), f"no such image: '{source}', {label}")
+    require(given or os.path.exists(source), f"no such image: {str(source)!r}, {label}: add it")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -106,8 +107,7 @@ def read_image(source, label, size=None):
                 image = Image.alpha_composite(white, image.convert("RGBA"))
             return image.convert("RGB")
     except Exception as error:  # Pillow's decoders raise nearly any type on damaged bytes
-        raise UserError(f"{str(source)!r}, {label}, does not decode ({error!r:.150}): "
-                        "replace the file or remove its entry") from None
+        raise UserError(f"{str(source)!r}, {label}, does not decode ({error!r:.150}): replace it") from None
 
 
 def split_names(datasets):
@@ -322,7 +322,7 @@ def augment_tokens(caption, rng, drop, mask, random, mask_id, word_ids):
 
 def pad(captions, pad_id, multiple=1, most=math.inf):
     """list of (2, M) -> ids (B, M) int64, valid (B, M): not padding, words (B, M) bool: the captions' own.
-    M is a multiple, or else `most`."""
+    M is rounded up to a multiple of `multiple`, but not above `most`."""
     columns = torch.nn.utils.rnn.pad_sequence([torch.from_numpy(c.T).long() for c in captions], True)
     more = min(-columns.shape[1] % multiple, most - columns.shape[1])
     ids, words = torch.nn.functional.pad(columns, (0, 0, 0, more)).unbind(-1)
@@ -340,7 +340,7 @@ def text_batches(captions, batch_size, pad_id):
 # ---- items and batches -------------------------------------------------------------------------------------
 def image_transform(size, mean, std, crop=(1, 1)):
     """PIL image -> (3, size, size) float32, normalised. The whole image is squashed into the square or, with
-    `crop`, in training, a random share of its area, between the two."""
+    `crop` (low, high), in training, a random part of it, whose share of the area lies between the two."""
     resize = T.Resize((size, size), T.InterpolationMode.BICUBIC)
     if tuple(crop) != (1, 1):
         resize = T.RandomResizedCrop(size, scale=tuple(crop), interpolation=T.InterpolationMode.BICUBIC)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from data import UserError, require
 
-JOINT = "clip", "metaclip_2", "siglip"          # model types whose text part can share a space with images
+JOINT = "clip", "siglip"                        # transformers' model types that TextEncoder pools as they do
 
 
 # ---- images ------------------------------------------------------------------------------------------------
@@ -50,7 +50,7 @@ class ImageEncoder(nn.Module):
         return tokens
 
     def projection(self) -> nn.Module:
-        """A copy of what takes its tokens to that space. UserError if that is not CLIP's or SigLIP's way."""
+        """A copy of what takes tokens to a space shared with texts. UserError unless as in CLIP or SigLIP."""
         pool, head, norm = (getattr(self.timm, part, None) for part in ("attn_pool", "head", "fc_norm"))
         kind = nn.Linear if pool is None else nn.Identity                  # CLIP's, SigLIP's
         require(isinstance(head, kind) and isinstance(norm, (nn.Identity, type(None))),
@@ -158,10 +158,11 @@ class TextEncoder(nn.Module):
         self.embedding_width = model.get_input_embeddings().embedding_dim
 
     def forward(self, ids: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        embeddings, length = self.hugging.get_input_embeddings()(ids), ids.shape[1]
+        length = ids.shape[1]
         if self.joint and self.head is None:                    # SigLIP: padded as its processor pads
             longer = 0, self.hugging.config.max_position_embeddings - length
-            ids, valid = F.pad(ids, longer, value=self.pad_id), torch.ones_like(F.pad(valid, longer))
+            padded = F.pad(ids, longer, value=self.pad_id)
+            hidden, pooled = self._states(padded, torch.ones_like(padded))
         elif ids.device.type == "cpu" and len(ids) >= 8:
             # A CPU gains nothing from one large call: four parts of similar length hardly have any padding.
             lengths, parts = valid.sum(1), []
@@ -171,9 +172,9 @@ class TextEncoder(nn.Module):
                 hidden, pooled = self._states(ids[rows, :longest], valid[rows, :longest])
                 parts.append((F.pad(hidden, (0, 0, 0, length - longest)), pooled))
             hidden, pooled = (torch.cat(x)[order.argsort()] for x in zip(*parts))
-            return hidden, embeddings, pooled
-        hidden, pooled = self._states(ids, valid)
-        return hidden[:, :length], embeddings, pooled
+        else:
+            hidden, pooled = self._states(ids, valid)
+        return hidden[:, :length], self.hugging.get_input_embeddings()(ids), pooled
 
     def _states(self, ids: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         output = self.hugging(input_ids=ids, attention_mask=valid.long())

@@ -30,6 +30,7 @@ if __name__ == "__main__":
     ARGUMENTS = parse_arguments()                  # before the imports, so that --help answers at once
 
 import json
+import os
 from functools import partial
 from pathlib import Path
 
@@ -113,11 +114,10 @@ def load(path: str | Path, device: str | torch.device | None = None) -> "Matcher
     return Matcher(model.to(device), tokenizer, checkpoint["config"], device, checkpoint.get("step"))
 
 
-def listed(values, kinds, what: str, batch_size: int) -> list:
-    """What a user gave as a list; one alone, of such kinds, is a list of one."""
+def listed(values, kinds, what: str) -> list:
+    """What a user gave as a list; one value of such kinds is a list of one."""
     values = [values] if isinstance(values, kinds) else list(values)
     require(values, f"there are no {what} to encode")
-    require(batch_size >= 1, f"batch_size is {batch_size}: it must be at least 1")
     return values
 
 
@@ -132,12 +132,12 @@ class Matcher:
         self.transform = data.image_transform(size, *statistics)
 
     def score(self, images, texts, level: str = "combined") -> Tensor:
-        """How well each of I images (paths or PIL images) fits each of T sentences -> (I, T)."""
+        """How well I images (paths or PIL images) fit T sentences -> (I, T). Either may be a single one."""
         return self.similarity(self.encode_images(images), self.encode_texts(texts), level)
 
     def encode_images(self, images, batch_size: int = 128) -> ImageFeatures:
-        """Paths or PIL images, or one -> their features. UserError names an image that cannot be read."""
-        images, batches = listed(images, (str, Path, Image.Image), "images", batch_size), []
+        """Paths or PIL images, or one, turned upright by EXIF -> their features. UserError for a bad one."""
+        images, batches = listed(images, (str, os.PathLike, Image.Image), "images"), []
         starts = range(0, len(images), batch_size)
         for start in tqdm(starts, "images", unit="batch", disable=len(starts) < 2, leave=False):
             pixels = [self.transform(data.read_image(image, f"image {i}", self.transform.size))
@@ -147,9 +147,9 @@ class Matcher:
 
     def encode_texts(self, texts, batch_size: int = 256) -> TextFeatures:
         """Sentences, or one -> their features, padded to the longest."""
-        texts = listed(texts, str, "sentences", batch_size)
-        texts = [data.typed(f"{text}" if isinstance(text, str) else text, str, f"sentence {i}")
-                 for i, text in enumerate(texts)]
+        texts = listed(texts, str, "sentences")
+        texts = [data.typed(str(text) if isinstance(text, str) else text, str, f"sentence {i}")
+                 for i, text in enumerate(texts)]               # str() makes numpy's strings plain ones
         batches = self.caption_batches(texts, batch_size, "sentences" if len(texts) > batch_size else None)
         order = torch.cat([indices for indices, _ in batches]).argsort()
         rows = ([row for part in parts for row in part] for parts in zip(*(text for _, text in batches)))

@@ -83,8 +83,8 @@ def budget_shift(score: Tensor, valid: Tensor, keep: float) -> Tensor:
 class RegionPrompts(nn.Module):
     """Eq. 2-3: A_r = sigmoid(V P^T) with the rows of P at unit length, columns normalised, mu = A_r^T V.
 
-    A sigmoid of cosines is nearly flat, which makes every region the mean of the image. `scale` is where a
-    learned factor of the products starts, with a learned bias of at first -scale / 2.
+    A sigmoid of cosines is nearly flat, which makes every region the mean of the image. With `scale`, the
+    products therefore get a learned factor, at first `scale`, and a learned bias, at first -scale / 2.
 
     forward: tokens (B, L, d), mask (B, L) or None, a factor of the attention -> means (B, K, d), attention
     (B, L, K) whose columns sum to 1, and A_r itself (B, L, K).
@@ -332,7 +332,6 @@ def build_grm(config: dict, vocab_size: int, pad_id: int, encoder_config: dict |
               pretrained: bool = True) -> GRM:
     """The model of a configuration. pretrained=False loads nothing, for a checkpoint's weights to follow."""
     image, text, joint = config["image"], config["text"], config["model"].get("joint", False)
-    require(not joint or text["pretrained"], "model.joint needs text.pretrained: its space is a trained one")
     tried = bool(encoder_config)
     image_encoder = build_image_encoder(image, pretrained and image["pretrained"], tried, joint)
     text_encoder = build_text_encoder(text, pretrained and text["pretrained"], vocab_size, pad_id,

@@ -164,6 +164,7 @@ def check(config: dict, defaults: dict):
     require(any(get(f"loss.{level}") for level in modules.LEVELS),
             "every level of loss (ori, key, unc, glo) is 0: nothing is left to learn from")
     require(not get("loss.glo") or get("model.joint"), "loss.glo needs model.joint=true and encoders for it")
+    require(not get("model.joint") or get("text.pretrained"), "model.joint needs text.pretrained=true")
 
 
 # ---- the run folder and its checkpoints --------------------------------------------------------------------

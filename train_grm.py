@@ -300,7 +300,7 @@ class Run:
             torch.manual_seed(self.config["train"]["seed"] + self.step + self.rank)
 
     def load_best(self) -> int:
-        """Takes the weights of best.pt -> the step that they are of."""
+        """Loads the weights of best.pt and returns their step."""
         best = runs.load_checkpoint(self.out / "best.pt")
         self.model.load_state_dict(best["model"])
         return best["step"]
@@ -373,7 +373,7 @@ def main(args) -> str | None:
     kind = Run
     if "RANK" in os.environ:                                  # one of several processes that torchrun started
         import ranks
-        kind = type("SharedRun", (ranks.SharedRun, Run), {})
+        kind = type("RankRun", (ranks.SharedRun, Run), {})
     signals, run, begun = runs.Signals(), None, False
     try:
         with signals.at_once():

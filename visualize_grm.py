@@ -15,7 +15,7 @@ def parse_arguments(argv=None):
     parser.add_argument("--ckpt", required=True, metavar="FILE", help="checkpoint, as eval_grm.py takes it")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--image", nargs="+", metavar="FILE", help="images of your own, each with a --caption")
-    what.add_argument("--split", metavar="NAME", help="images of a split or of part, as f8k_val[500:]\n"
+    what.add_argument("--split", metavar="NAME", help="images of a split, or part, as f8k_val[500:]\n"
                                                       "(default: the run's test split)")
     parser.add_argument("--caption", nargs="+", metavar="TEXT", help="a caption for each --image")
     parser.add_argument("--rows", type=int, default=3, metavar="N", help="images of a split (default 3)")

@@ -154,7 +154,7 @@ def test_variants_are_names_groups_or_settings():
 @pytest.mark.parametrize("argv, said", [
     (["--variants", "no_such"], "without_SA"), (["--variants", "model.taus=1"], "model.tau"),
     (["--set", "train.lr=fast"], "float"), (["--data", "imagenet"], "f30k"), (["--recipe", "x"], "paper"),
-    (["--split", "shapes_vall"], "shapes_val"), (["--variants", "train.seed=5"], "--seeds sets it"),
+    (["--split", "shapes_vall"], "shapes_val"), (["--variants", "train.seed=5"], "set by --seeds"),
     (["--variants", "changes", "--recipe", "paper"], "nothing differs"),
     (["--json", CONFIG], "is no table")])
 def test_every_variant_is_checked_before_the_first_run(argv, said, tmp_path):
@@ -197,8 +197,6 @@ def made_up(rsum, speed=1.0, **evidence):
 def test_differences_are_paired_by_seed():
     """Seeds differ much and the variant always loses about 10, and so says the interval. A seed that only one
     side has takes no part."""
-    unlogged = {"full": {0: made_up(300, None)}, "other": {0: made_up(290, None)}}    # shorter than log_every
-    assert [row["values"]["time"] for row in ablate_grm.summarise(unlogged)[1]] == [None, None]
     columns, (full, worse, none) = ablate_grm.summarise({
         "full": {0: made_up(300, cosine=0.5), 1: made_up(340), 2: made_up(380), 9: made_up(1)},
         "worse": {0: made_up(290, 2), 1: made_up(331, 2), 2: made_up(369, 2, cosine=None), 5: made_up(600)},
@@ -211,6 +209,11 @@ def test_differences_are_paired_by_seed():
     assert full["values"]["difference"] is full["values"]["time"] is None
     assert full["values"]["cosine"] == [0.5]
     assert none["values"] == {"seeds": 0, "rSum": [], "difference": None, "time": None, "cosine": []}
+
+
+def test_runs_too_short_for_a_logged_speed_have_no_time():
+    _, rows = ablate_grm.summarise({"full": {0: made_up(300, None)}, "other": {0: made_up(290, None)}})
+    assert [row["values"]["time"] for row in rows] == [None, None]
 
 
 # ---- the script --------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ CASES = {                                # recipe, settings, pairs, pairs encode
 
 def silent_run(recipe, sets, rank, count):
     """A run of one rank without a folder or noise: its masks are the softmax's, its regions their means."""
-    shared = type("SharedRun", (ranks.SharedRun, train_grm.Run), {})
+    shared = type("RankRun", (ranks.SharedRun, train_grm.Run), {})
     run = object.__new__(shared if count > 1 else train_grm.Run)
     run.config = runs.load_config(CONFIG, "vit_micro", recipe, sets=[*TINY, *sets])
     run.rank, run.ranks, run.device, run.progress = rank, count, torch.device("cpu"), False
@@ -142,4 +142,5 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step_and_the_run_goes_on
     assert len(whole["random_states"]) == 2 and results[0]["seed"] != results[1]["seed"]
     lines, same = ([(r["step"], r["loss"]) for r in records(folder / name) if "loss" in r]
                    for name in ("whole", "cut"))
+    assert records(folder / "whole")[-1]["step"] in range(1, 6)                        # of best.pt
     assert lines == same and [step for step, _ in lines] == [1, 2, 3, 4, 5]            # one writer

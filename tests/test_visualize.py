@@ -153,6 +153,16 @@ def test_the_command_draws_a_split_and_images_of_ones_own(visualize):
     assert own.height < two.height                                          # the pictures are wide
 
 
+def test_pictures_are_of_the_test_split_of_the_runs_own_data_set(tiny_config):
+    datasets = tiny_config["datasets"]
+    datasets["scenes"] = datasets["shapes"] | {"splits": {"held_out": {"part": "test"}}, "seed": 7}
+    tiny_config["data"]["name"] = "scenes"
+    (picture, caption), = visualize_grm.examples(visualize_grm.parse_arguments(
+        ["--ckpt", "x.pt", "--out", "x.png", "--rows", "1"]), tiny_config)
+    expected = data.load_split("held_out", datasets, "")
+    assert caption == expected.captions[0][0] and picture == expected.load_image(0)
+
+
 @pytest.mark.parametrize("argv, said", [
     (["--image", "nowhere.png", "--caption", "a circle"], "nowhere.png"), (["--words", "giraffe"], "giraffe"),
     (["--split", "shape"], "shapes_val"), (["--image", "mine.png", "--caption", " "], "no word"),
