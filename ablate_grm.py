@@ -192,8 +192,7 @@ def read(path: Path) -> dict:
 
 def evidence(grounding: dict) -> dict[str, float | None]:
     """The columns of grounding.json; of an interval, its mean."""
-    columns = "pointing, words", "pointing, masks", "AUC image", "AUC text", "cosine", "variance", \
-              "open gates", "gates by objects"
+    columns = "pointing, words", "pointing, masks", "AUC image", "AUC text", "cosine", "variance"
     figures = {column: grounding[column] for column in columns}
     return {column: figure[0] if isinstance(figure, list) else figure for column, figure in figures.items()}
 

@@ -41,7 +41,6 @@ from typing import NamedTuple
 from xml.etree import ElementTree
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
@@ -220,7 +219,6 @@ class Encoded(NamedTuple):
     regions: np.ndarray         # (K, d) unit vectors
     variance: np.ndarray        # (K,) 1 is the prior's
     cosine: float               # mean cosine between two regions' means, NaN for one region
-    open: int                   # regions whose gate is open
     captions: list              # of each caption: tokens (M, d), mask (M,), and its tokens' offsets
 
 
@@ -237,26 +235,22 @@ def encoded_images(matcher, split, batch_size, progress):
         variance = (image.log_var.exp() / matcher.model.sampler.prior).mean(-1).numpy()
         unit, K = F.normalize(image.means, dim=-1), image.means.shape[1]
         cosine = (((unit @ unit.transpose(1, 2)).sum((1, 2)) - K) / (K * (K - 1))).tolist()
-        gated = matcher.model.gate is not None
-        opened = (image.regions[..., -1] if gated else torch.ones(image.means.shape[:2])).sum(1).tolist()
         captions = iter(zip(text.tokens.numpy(), text.mask.numpy(), offsets))
         for b, i in enumerate(rows):
             yield Encoded(image.tokens[b, first:].numpy(), image.mask[b, first:].numpy(),
-                          F.normalize(image.regions[b, :, :image.tokens.shape[-1]], dim=-1).numpy(),
-                          variance[b], cosine[b], opened[b], [next(captions) for _ in split.captions[i]])
+                          F.normalize(image.regions[b], dim=-1).numpy(), variance[b], cosine[b],
+                          [next(captions) for _ in split.captions[i]])
 
 
 def measure(matcher, split, truths, batch_size=128, progress=True):
     """The figures of a split, given a Truth for each image; None where a figure has no meaning."""
     rows = []                       # a phrase: image, chance, hit by words, hit by masks, variance, ambiguous
-    cosines, opened, objects = [], [], []           # an image
+    cosines = []                    # an image
     masks = defaultdict(list)       # mask values by what they lie on
     images = encoded_images(matcher, split, batch_size, progress)
     for i, (image, captions, truth) in enumerate(zip(images, split.captions, truths)):
         grid = math.isqrt(len(image.mask))
         cosines.append(image.cosine)
-        opened.append(image.open)
-        objects.append(len(truth.boxes))
         if truth.boxes:
             within = inside(truth.boxes, grid).any(0)
             masks["box"].append(image.mask[within])
@@ -282,8 +276,6 @@ def measure(matcher, split, truths, batch_size=128, progress=True):
             "masks less words": bootstrap(by_masks - by_words, image_of),
             "AUC image": auc(masks["box"], masks["no box"]),
             "AUC text": auc(masks["content"], masks["function"]), "cosine": mean(cosines),
-            "open gates": mean(opened),
-            "gates by objects": float(np.nan_to_num(np.corrcoef(opened, objects)[0, 1])),
             "variance": bootstrap(variance, image_of, ambiguous) if uncertain else None}
 
 

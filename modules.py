@@ -122,9 +122,9 @@ class GaussianSampler(nn.Module):
     the means, and so does training with sample=False.
     """
 
-    def __init__(self, dim: int, prior: float = 1.0, sample: bool = True, freedom: float | None = None):
+    def __init__(self, dim: int, prior: float = 1.0, sample: bool = True):
         super().__init__()
-        self.prior, self.sample, self.freedom = prior, sample, freedom
+        self.prior, self.sample = prior, sample
         self.hidden = nn.Linear(dim, dim)
         self.log_var = nn.Linear(dim, dim)
         nn.init.zeros_(self.log_var.weight)
@@ -138,12 +138,7 @@ class GaussianSampler(nn.Module):
             return means, log_var
         shrink = attention.float().square().sum(1).sqrt()[..., None]               # (B, K, 1)
         # The noise is float32, as log_var is, also under autocast.
-        noise = torch.randn_like(log_var)
-        if self.freedom:          # Student's t of each region, scaled to the same variance
-            half = torch.full_like(log_var[..., :1], self.freedom / 2)
-            chi2 = 2 * torch._standard_gamma(half)
-            noise = noise * ((self.freedom - 2) / chi2).sqrt()
-        regions = means + noise * (0.5 * log_var).exp() * shrink                               # Eq. 5-6
+        regions = means + torch.randn_like(log_var) * (0.5 * log_var).exp() * shrink           # Eq. 5-6
         return regions, log_var
 
 
@@ -229,20 +224,8 @@ class GRM(nn.Module):
                  dim: int, num_prompts: int, tau: float, unit_tokens: bool, special_tokens: bool,
                  image_keep: float | None, text_keep: float | None, mask_acts_on: str, text_mask_reads: str,
                  prompt_scale: float | None, prior: str, image_mask: bool, text_mask: bool,
-                 prompts: bool, uncertainty: bool, joint: bool = False, gate: float | None = None,
-                 variance_weight: float | None = None, freedom: float | None = None,
-                 learned_levels: bool = False, image_mask_reads: str = "tokens"):
+                 prompts: bool, uncertainty: bool, joint: bool = False):
         super().__init__()
-        self.reads_contrast = image_mask_reads == "contrast"
-        self.gate_cost, self.gate = gate, None
-        if gate is not None:                                     # one gate a region, undecided at first
-            self.gate = nn.Linear(dim, 1)
-            nn.init.zeros_(self.gate.weight)
-            nn.init.zeros_(self.gate.bias)
-        self.variance_weight = None
-        if variance_weight is not None:
-            self.variance_weight = nn.Parameter(torch.tensor(float(variance_weight)))
-        self.log_levels = nn.Parameter(torch.zeros(len(LEVELS))) if learned_levels else None
         self.levels, self.joint = levels, joint
         self.unit_tokens, self.special_tokens = unit_tokens, special_tokens
         self.masked_tokens = mask_acts_on == "tokens"
@@ -257,7 +240,7 @@ class GRM(nn.Module):
         self.region_prompts = RegionPrompts(dim, num_prompts if prompts else 1, prompt_scale)
         if not prompts:                         # a prompt of zeros attends to every token alike
             nn.init.zeros_(self.region_prompts.prompts.requires_grad_(False))
-        self.sampler = GaussianSampler(dim, 1 / dim if prior == "scaled" else 1.0, uncertainty, freedom)
+        self.sampler = GaussianSampler(dim, 1 / dim if prior == "scaled" else 1.0, uncertainty)
 
     def masked(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """V^ and its weights: the paper multiplies tokens by their mask, ours weights their means by it."""
@@ -271,28 +254,11 @@ class GRM(nn.Module):
         if not self.special_tokens:
             encoded = encoded[:, self.image_encoder.class_tokens:]
         V = self.image_proj(encoded)                                           # (B, L, d)
-        read = V - V.mean(1, keepdim=True) if self.reads_contrast else V       # what differs from the mean
-        mask = self.image_adapter(read) if self.image_adapter else torch.ones_like(V[..., 0])      # (B, L) Eq. 1
+        mask = self.image_adapter(V) if self.image_adapter else torch.ones_like(V[..., 0])      # (B, L) Eq. 1
         tokens = F.normalize(V.float(), dim=-1)
         V, weight = self.masked(tokens if self.unit_tokens else V.float(), mask)
         means, attention, raw = self.region_prompts(V, weight)                 # (B, K, d)    Eq. 2-3
         regions, log_var = self.sampler(means, attention)                      # (B, K, d)    Eq. 4-6
-        # What the match needs beside a region goes through the features as further components.
-        extra = []
-        if self.variance_weight is not None:
-            variance = (log_var.exp() / self.sampler.prior).mean(-1, keepdim=True)
-            extra.append(-self.variance_weight * variance)
-        if self.gate is not None:
-            logits = self.gate(means / math.sqrt(self.sampler.prior)).float()                    # (B, K, 1)
-            if self.training:
-                u = torch.rand_like(logits).clamp(1e-6, 1 - 1e-6)
-                gate = (logits + u.log() - (1 - u).log()).sigmoid()
-            else:
-                gate = (logits > 0).float()
-            best = F.one_hot(logits.argmax(1), logits.shape[1]).transpose(1, 2).to(gate)        # one stays open
-            gate = torch.maximum(gate, best)
-            extra.append(gate)
-        regions = torch.cat([regions, *extra], -1) if extra else regions
         mean = (weight / weight.sum(1, keepdim=True).clamp_min(1e-6))[:, None].to(V) @ V         # (B, 1, d)
         pooled = F.normalize(pooled.float(), dim=-1)
         return ImageFeatures(tokens, mask, regions, pooled, mean, means, log_var, attention, raw)
@@ -321,15 +287,8 @@ class GRM(nn.Module):
         # those of the other levels, which take the most memory, are computed.
         scores = {}
         if self.levels["unc"]:
-            d, gate, T_more = T_hat.shape[-1], None, T_hat
-            U = F.normalize(image.regions[..., :d].float(), dim=-1)                              # (I, K, d)
-            if self.gate is not None:                   # a closed region has similarity 0 and no weight
-                gate = image.regions[..., -1].float()
-                U = U * gate[..., None]
-            if self.variance_weight is not None:
-                T_more = torch.cat([T_hat, torch.ones_like(T_hat[..., :1])], -1)
-                U = torch.cat([U, image.regions[..., d:d + 1].float()], -1)
-            scores["unc"] = token_similarity(U, T_more, valid, gate, T_weight)
+            U = F.normalize(image.regions.float(), dim=-1)                                       # (I, K, d)
+            scores["unc"] = token_similarity(U, T_hat, valid, None, T_weight)
         if self.levels["ori"] and self.levels["key"] and not self.masked_tokens:
             # The two levels weight the maxima of the same products, so one pass serves both.
             weights = [None, V_weight], [None, T_weight]
@@ -360,15 +319,8 @@ class GRM(nn.Module):
         terms = {level: contrastive_loss(scores[level], image_ids, *kind, hardest=not ramping)
                  for level in LEVELS if level in scores}
         total = scale * sum(self.levels[level] * term for level, term in terms.items())
-        if self.log_levels is not None:                   # Kendall et al.: exp(-s) L + s for each level
-            weights = dict(zip(LEVELS, self.log_levels))
-            total = scale * sum(self.levels[level] * ((-weights[level]).exp() * term + weights[level])
-                                for level, term in terms.items())
         if self.levels["unc"]:                          # the regularisers act on regions, which only unc uses
-            d = image.token_mean.shape[-1]
-            terms["consistency"] = consistency_loss(image.regions[..., :d], image.token_mean)
-            if self.gate is not None:
-                total = total + self.gate_cost * image.regions[..., -1].mean()
+            terms["consistency"] = consistency_loss(image.regions, image.token_mean)
             terms["entropy"] = entropy_loss(image.raw_attention)
             if self.sampler.sample:
                 terms["kl"] = kl_loss(image.means, image.log_var, self.sampler.prior)
