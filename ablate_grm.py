@@ -281,11 +281,9 @@ def summarise(results: dict[str, dict[int, dict]]) -> tuple[list[str], list[dict
 
 # ---- the tables: results/*.json and RESULTS.md -------------------------------------------------------------
 def save_table(path: Path, title: str, command: str, columns: list[str], rows: list[dict], notes=()) -> dict:
-    """Writes a table of RESULTS.md. A file that is there keeps title, conclusion and notes. Its keys:
-    title; conclusion: one sentence, written by a person; notes: optional, one-line strings; command; commit,
-    versions, machine: of runs.provenance; columns: names; rows: {"name", "values": {column: value}}, a value
-    being a number, a list of one number a seed, {"mean", "low", "high"}, or null.
-    """
+    """Writes a table of RESULTS.md. A file that is there keeps title, conclusion (a sentence by a person) and
+    notes (one-line strings). rows: {"name", "values": {column: value}}, a value being a number, a list of one
+    number a seed, {"mean", "low", "high"}, or null."""
     old = read_table(path) if path.exists() else {}
     table = {"title": title, "conclusion": "", "notes": list(notes)} | old
     table |= {"command": command, **runs.provenance(), "columns": columns, "rows": rows}

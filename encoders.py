@@ -142,13 +142,10 @@ def _timm_weights(name: str, cfg: dict) -> str:
 
 # ---- text --------------------------------------------------------------------------------------------------
 class TextEncoder(nn.Module):
-    """The text part of a transformers model as a function of token ids (B, M) and valid (B, M), False on
-    padding -> the words in context (B, M, width), the words by themselves, their embeddings
-    (B, M, embedding_width), and, if `joint`, the captions in a space shared with images (B, d), else (B, 0).
-
-    config: the whole model's, by which build_text_encoder builds it again. joint: CLIP's projection into that
-    space is `head`; SigLIP's is a part of the model, which reads the padding of a caption as it was trained.
-    """
+    """The text part of a transformers model: token ids (B, M), valid (B, M), False on padding -> words in
+    context (B, M, width), their embeddings (B, M, embedding_width), and, if `joint`, captions in a space
+    shared with images (B, d), else (B, 0). config: the whole model's, to build it again. CLIP's projection
+    into that space is `head`; SigLIP's is a part of the model, which reads a caption's padding too."""
 
     def __init__(self, model: nn.Module, width: int, config: dict, pad_id: int, joint: bool = False,
                  head: nn.Module | None = None):

@@ -49,12 +49,9 @@ from modules import LEVELS, ImageFeatures, TextFeatures
 
 # ---- the figures -------------------------------------------------------------------------------------------
 def recall_at_k(similarity: Tensor, image_of_text: Tensor) -> dict[str, float]:
-    """Retrieval figures of a similarity matrix (I, T), with image_of_text (T,) the image that each caption
-    describes.
-
-    i2t_r1 ... t2i_r10 and their sum `rsum` in per cent. An image counts by its best caption, a tie counts
-    against the model, images without a caption only distract. FloatingPointError for a NaN, ValueError for
-    shapes that do not fit.
+    """similarity (I, T), the image that each caption describes (T,) -> i2t_r1 ... t2i_r10, and their sum
+    `rsum`, in per cent. An image counts by its best caption, a tie counts against the model, images without a
+    caption only distract. FloatingPointError for a NaN, ValueError for shapes that do not fit.
     """
     similarity, image_of_text = (torch.as_tensor(x).cpu() for x in (similarity, image_of_text))
     images, texts = similarity.shape
@@ -161,7 +158,7 @@ class Matcher:
         require(level in self.levels, f"the model has no level '{level}', only {', '.join(self.levels)}")
         texts, rows = TextFeatures(*(x.to(self.device) for x in texts)), []
         for start in range(0, len(images.mask), 128):
-            some = ImageFeatures(*(x[start:start + 128].to(self.device) for x in images[:4]))
+            some = ImageFeatures(*(x[start:start + 128].to(self.device) for x in images[:5]))
             rows.append(self._similarity(some, texts)[level].float().cpu())
         return torch.cat(rows)
 

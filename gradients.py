@@ -31,9 +31,9 @@ def gradients(model: GRM, batch: dict, loss, micro_batch: int | None, amp=contex
     """Leaves the gradient of one batch in the parameters -> loss, terms, image and text features, detached.
 
     loss: (image, text, image_ids) -> loss, terms. With micro_batch, gradient caching (Gao et al., 2021):
-    encode the batch in parts without a graph, differentiate the loss with respect to the features of all,
-    then encode each part again, under the same random numbers, and carry that gradient on. The gradient is
-    the same, and the encoders need the memory of one part; only batch norm takes its statistics over a part.
+    encode the batch in parts without a graph, differentiate the loss with respect to all features, encode
+    each part again, under the same random numbers, and carry that gradient on. The gradient is the same for
+    the memory of one part; only batch norm takes its statistics over a part.
     """
     inputs = [batch[key] for key in ("images", "ids", "valid", "words")]
     size = len(batch["images"])

@@ -216,7 +216,7 @@ class Encoded(NamedTuple):
     """An image and its captions as the model sees them, without class tokens, which have no place."""
     tokens: np.ndarray          # (L, d)
     mask: np.ndarray            # (L,)
-    regions: np.ndarray         # (K, d) unit vectors
+    regions: np.ndarray         # (K, d) unit vectors, or 0 where closed
     variance: np.ndarray        # (K,) 1 is the prior's
     cosine: float               # mean cosine between two regions' means, NaN for one region
     captions: list              # of each caption: tokens (M, d), mask (M,), and its tokens' offsets
@@ -235,11 +235,11 @@ def encoded_images(matcher, split, batch_size, progress):
         variance = (image.log_var.exp() / matcher.model.sampler.prior).mean(-1).numpy()
         unit, K = F.normalize(image.means, dim=-1), image.means.shape[1]
         cosine = (((unit @ unit.transpose(1, 2)).sum((1, 2)) - K) / (K * (K - 1))).tolist()
+        regions = (F.normalize(image.regions, dim=-1) * image.gates[..., None]).numpy()
         captions = iter(zip(text.tokens.numpy(), text.mask.numpy(), offsets))
         for b, i in enumerate(rows):
-            yield Encoded(image.tokens[b, first:].numpy(), image.mask[b, first:].numpy(),
-                          F.normalize(image.regions[b], dim=-1).numpy(), variance[b], cosine[b],
-                          [next(captions) for _ in split.captions[i]])
+            yield Encoded(image.tokens[b, first:].numpy(), image.mask[b, first:].numpy(), regions[b],
+                          variance[b], cosine[b], [next(captions) for _ in split.captions[i]])
 
 
 def measure(matcher, split, truths, batch_size=128, progress=True):

@@ -55,8 +55,8 @@ class SignificanceAdapter(nn.Module):
 def budget_shift(score: Tensor, valid: Tensor, keep: float) -> Tensor:
     """The b (B, 1) for which sigmoid(score - b), (B, L), has the mean `keep` over each row's valid entries.
 
-    A search that cuts the interval into eight, seven times, finds b roughly in few operations, which is what
-    counts on a GPU. One Newton step makes it exact and carries the gradient of the implicit function.
+    A search that cuts the interval into eight, seven times, takes few operations, which a GPU needs. One
+    Newton step makes it exact and carries the gradient of the implicit function.
     """
     count = valid.sum(1, keepdim=True).clamp_min(1)
 
@@ -142,6 +142,14 @@ class GaussianSampler(nn.Module):
         return regions, log_var
 
 
+def region_gates(logits: Tensor, training: bool) -> Tensor:
+    """Ours: which regions an image uses, (B, K) -> gates (B, K) in [0, 1]. Training draws Gumbel-sigmoids;
+    evaluation takes 0 or 1. The likeliest is always open."""
+    noise = torch.rand_like(logits).clamp(1e-6, 1 - 1e-6).logit() if training else 0.0
+    gates = (logits + noise).sigmoid() if training else (logits > 0).to(logits)
+    return torch.maximum(gates, F.one_hot(logits.argmax(1), logits.shape[1]).to(logits))
+
+
 # ---- Eq. 8: the contrastive loss of a level (Eq. 7 is similarity.py) ---------------------------------------
 def contrastive_loss(similarity: Tensor, image_ids: Tensor, kind: str = "triplet", temperature: float = 0.05,
                      margin: float = 0.2, hardest: bool = True) -> Tensor:
@@ -192,11 +200,12 @@ def entropy_loss(raw_attention: Tensor) -> Tensor:
 
 # ---- the model ---------------------------------------------------------------------------------------------
 class ImageFeatures(NamedTuple):
-    """An encoded batch of images. The first four enter the similarity."""
+    """An encoded batch of images. The first five enter the similarity."""
     tokens: Tensor                      # (B, L, d) V, brought to unit length
     mask: Tensor                        # (B, L)    A_V
     regions: Tensor                     # (B, K, d) U
     pooled: Tensor                      # (B, d)    the image as a whole, unit length; (B, 0) if not joint
+    gates: Tensor                       # (B, K)    how far each region is used, 1 without gates
     token_mean: Tensor | None = None    # (B, 1, d) the mean of V^
     means: Tensor | None = None         # (B, K, d) mu
     log_var: Tensor | None = None       # (B, K, d) log sigma^2
@@ -224,7 +233,7 @@ class GRM(nn.Module):
                  dim: int, num_prompts: int, tau: float, unit_tokens: bool, special_tokens: bool,
                  image_keep: float | None, text_keep: float | None, mask_acts_on: str, text_mask_reads: str,
                  prompt_scale: float | None, prior: str, image_mask: bool, text_mask: bool,
-                 prompts: bool, uncertainty: bool, joint: bool = False):
+                 prompts: bool, uncertainty: bool, joint: bool = False, gates: bool = False):
         super().__init__()
         self.levels, self.joint = levels, joint
         self.unit_tokens, self.special_tokens = unit_tokens, special_tokens
@@ -241,6 +250,9 @@ class GRM(nn.Module):
         if not prompts:                         # a prompt of zeros attends to every token alike
             nn.init.zeros_(self.region_prompts.prompts.requires_grad_(False))
         self.sampler = GaussianSampler(dim, 1 / dim if prior == "scaled" else 1.0, uncertainty)
+        self.gate = nn.Linear(dim, 1) if gates else None
+        if gates:                               # undecided at first; from open ones, few would ever close
+            nn.init.zeros_(self.gate.weight), nn.init.zeros_(self.gate.bias)
 
     def masked(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """V^ and its weights: the paper multiplies tokens by their mask, ours weights their means by it."""
@@ -259,9 +271,13 @@ class GRM(nn.Module):
         V, weight = self.masked(tokens if self.unit_tokens else V.float(), mask)
         means, attention, raw = self.region_prompts(V, weight)                 # (B, K, d)    Eq. 2-3
         regions, log_var = self.sampler(means, attention)                      # (B, K, d)    Eq. 4-6
+        gates = torch.ones_like(log_var[..., 0])                               # (B, K)
+        if self.gate:
+            logits = self.gate(means / math.sqrt(self.sampler.prior))[..., 0].float()
+            gates = region_gates(logits, self.training)
         mean = (weight / weight.sum(1, keepdim=True).clamp_min(1e-6))[:, None].to(V) @ V         # (B, 1, d)
         pooled = F.normalize(pooled.float(), dim=-1)
-        return ImageFeatures(tokens, mask, regions, pooled, mean, means, log_var, attention, raw)
+        return ImageFeatures(tokens, mask, regions, pooled, gates, mean, means, log_var, attention, raw)
 
     def encode_text(self, ids: Tensor, valid: Tensor, words: Tensor) -> TextFeatures:
         """ids (B, M); valid (B, M) bool, False on padding; words (B, M) bool, the caption's own tokens."""
@@ -287,8 +303,8 @@ class GRM(nn.Module):
         # those of the other levels, which take the most memory, are computed.
         scores = {}
         if self.levels["unc"]:
-            U = F.normalize(image.regions.float(), dim=-1)                                       # (I, K, d)
-            scores["unc"] = token_similarity(U, T_hat, valid, None, T_weight)
+            U = F.normalize(image.regions.float(), dim=-1) * image.gates[..., None]              # (I, K, d)
+            scores["unc"] = token_similarity(U, T_hat, valid, image.gates, T_weight)
         if self.levels["ori"] and self.levels["key"] and not self.masked_tokens:
             # The two levels weight the maxima of the same products, so one pass serves both.
             weights = [None, V_weight], [None, T_weight]
@@ -324,6 +340,8 @@ class GRM(nn.Module):
             terms["entropy"] = entropy_loss(image.raw_attention)
             if self.sampler.sample:
                 terms["kl"] = kl_loss(image.means, image.log_var, self.sampler.prior)
+            if self.gate:
+                terms["gates"] = image.gates.mean()
         total = total + sum(settings[name] * term for name, term in terms.items() if name not in LEVELS)
         return total, {name: term.detach() for name, term in terms.items()}
 

@@ -15,7 +15,7 @@ from torch import Tensor
 import modules
 from data import require
 
-REGULARISERS = ("consistency", "kl", "entropy")         # means over the batch that need no other rank's pairs
+REGULARISERS = "consistency", "kl", "entropy", "gates"     # means over the batch, without others' pairs
 
 
 class SharedRun:

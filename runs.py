@@ -43,11 +43,8 @@ CHOICES = {"loss.kind": ("triplet", "infonce"), "data.epoch": ("captions", "imag
 # ---- the configuration -------------------------------------------------------------------------------------
 def load_config(path: str, backbone: str, recipe: str | None = None, dataset: str | None = None,
                 data_root: str | None = None, sets=()) -> dict:
-    """The settings of a run: defaults <- the data set's `config` <- the backbone <- the recipe <- --set
-    key=value.
-
-    recipe: by default the backbone's. UserError, in one line, for a setting that does not exist or cannot be.
-    """
+    """The settings of a run: defaults <- the data set's `config` <- the backbone <- the recipe, by default
+    the backbone's <- --set key=value. UserError for a setting that does not exist or cannot be."""
     blocks = read_blocks(path, ["defaults", "recipes", "backbones", "datasets"])
     defaults = {section: {key: fitting(value, None, key) for key, value in
                           settings(blocks["defaults"].get(section), f"defaults.{section}").items()}
@@ -201,8 +198,7 @@ def make_folder(out: Path, config: dict, resume: bool) -> Path | None:
 
 
 def save(path: Path, checkpoint: dict, previous: Path | None = None):
-    """Written whole or not at all, whenever the power fails: beside, flushed to the disk, then renamed. What
-    `path` held before becomes `previous`."""
+    """Written whole or not at all: beside, flushed, then renamed. What was there becomes `previous`."""
     beside = path.with_suffix(".tmp")
     try:
         with open(beside, "wb") as file:
@@ -287,10 +283,7 @@ class Stopped(BaseException):
 
 class Signals:
     """SIGINT, SIGTERM, SIGHUP set `stop`, so that a step ends first; within `at_once()` they raise Stopped.
-
-    After one, the next SIGINT or SIGTERM ends the process whatever it waits for; torchrun, which adds a
-    SIGTERM of its own to the terminal's SIGINT, sees to that itself.
-    """
+    The next SIGINT or SIGTERM ends the process, except under torchrun, which itself adds a SIGTERM."""
 
     def __init__(self):
         self.stop, self.immediate, self.process = False, False, os.getpid()
@@ -346,8 +339,7 @@ def leave_signals_to_the_run(worker: int):
 # ---- what every script shares ------------------------------------------------------------------------------
 @contextlib.contextmanager
 def one_line_errors():
-    """Ends the script with one line for what the user did wrong, for a NaN, for what torch could not do for
-    want of memory or data, and for Ctrl-C."""
+    """One line ends a script for what the user did wrong, a NaN, want of memory or data, and Ctrl-C."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):   # a console that lacks a character shows its number
             stream.reconfigure(errors="backslashreplace")

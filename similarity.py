@@ -31,8 +31,7 @@ LONGEST = 256           # tokens of a caption in a kernel
 
 
 def reference_similarity(image_tokens, text_tokens, text_valid, image_weight, text_weight):
-    """Eq. 7, all products at once: (I,L,d), (T,M,d), (T,M) bool, (I,L), (T,M) -> (I,T). The paper's weights
-    are 1. Every caption needs a valid token."""
+    """Eq. 7, all at once: (I,L,d), (T,M,d), (T,M) bool, a True in each caption, (I,L), (T,M) -> (I,T)."""
     S = torch.einsum("ild,tmd->itlm", image_tokens, text_tokens)            # every patch with every word
     S = S.masked_fill(~text_valid[:, None], -torch.inf)                     # padding is no word
     best_patch = S.amax(2).masked_fill(~text_valid, 0)                      # (I,T,M)
@@ -179,11 +178,10 @@ def _tiles(image_tokens, columns):
 
 
 def _pack(valid, block):
-    """Valid tokens as columns without padding: captions by length, longest first, and in each block of them
-    all first tokens, then all second ones, ... as in `pack_padded_sequence`, so that a maximum over tokens is
-    a few operations on slabs of columns. valid (T,M) -> order (T') captions with a token; tokens (N) place
-    in (T*M) of each column; owner (N) place in `order` of its caption; blocks [(slice of order, slice of
-    columns, captions that have 1, 2, ... tokens)]."""
+    """Valid tokens as columns: captions by length, longest first, and in each block of them all first tokens,
+    then all second ones, ..., so that a maximum over tokens is a few operations on slabs. valid (T,M) ->
+    order (T') captions with a token; tokens (N) place in (T*M) of each column; owner (N) place in `order` of
+    its caption; blocks [(slice of order, slice of columns, captions with 1, 2, ... tokens)]."""
     lengths, order = valid.sum(1).sort(descending=True, stable=True)
     order = order[:int((lengths > 0).sum())]
     place = (~valid).to(torch.uint8).argsort(dim=1, stable=True)  # valid tokens first

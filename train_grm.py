@@ -354,8 +354,7 @@ def learning_rate(step: int, total: int, warmup: float, milestones=()) -> float:
 
 
 def parameter_groups(model: modules.GRM, train: dict, pretrained: dict[str, bool]) -> list[dict]:
-    """New layers at lr, adapters and pretrained encoders at fractions of it; no weight decay on biases and
-    norms."""
+    """New layers at lr, adapters and pretrained encoders at fractions of it; biases and norms never decay."""
     groups = {}
     for name, parameter in model.named_parameters():
         part = name.split(".")[0]

@@ -114,9 +114,9 @@ def explain(matcher, picture, caption, words=(), with_regions=False):
         row.words.append((word, scaled(heat, heat.min())))
     if with_regions:
         variance = (image.log_var[0].exp() / matcher.model.sampler.prior).mean(-1)
-        for k, attention in enumerate(image.attention[0, places].numpy().T):
+        for k in image.gates[0].nonzero()[:, 0].tolist():                   # those that the image uses
             note = f", variance {variance[k]:.2f}" if matcher.model.sampler.sample else ""
-            row.regions.append((f"region {k + 1}{note}", scaled(attention, 0)))
+            row.regions.append((f"region {k + 1}{note}", scaled(image.attention[0, places, k].numpy(), 0)))
     return row
 
 

@@ -109,9 +109,9 @@ def test_every_row_of_the_paper_turns_off_what_it_names_and_trains(variant, swit
         assert any(not torch.allclose(terms[key], full[key]) for key in full)
 
 
-@pytest.mark.parametrize("name", ["consistency", "kl", "entropy"])
+@pytest.mark.parametrize("name", ["consistency", "kl", "entropy", "gates"])
 def test_a_regulariser_enters_the_loss_with_its_weight(name, switched, tiny_config):
-    model, image, text, _ = switched()
+    model, image, text, _ = switched("model.gates=true")
     settings, ids = tiny_config["loss"], torch.arange(4)
     totals = [model.loss(image, text, ids, settings | {name: weight})[0] for weight in (0, 1, 2)]
     term = model.loss(image, text, ids, settings)[1][name]

@@ -107,7 +107,7 @@ class Knows:
         regions[0] = torch.tensor([6, 8, 0, 0, 0, 0, 0, 0])                 # longer, but less like the words
         variance = torch.tensor([100, i + 1, 100, 100])[:, None].expand(4, 8) / 8       # the prior's is 1 / 8
         tokens, nothing = likeness[:, None] * torch.eye(8)[0], torch.zeros(0)
-        return tokens, mask, regions, nothing, regions[:1], regions, variance.log()
+        return tokens, mask, regions, nothing, torch.ones(4), regions[:1], regions, variance.log()
 
     def encode_texts(self, texts, batch_size):
         ids, _, words = data.pad(data.tokenize(self.tokenizer, texts, 64), self.tokenizer.pad_token_id)

@@ -10,8 +10,8 @@ import runs
 from conftest import CONFIG, TINY
 from modules import (GaussianSampler, ImageFeatures, RegionPrompts, SignificanceAdapter,
                      TextFeatures, budget_shift, build_grm, consistency_loss, contrastive_loss, diagnostics,
-                     entropy_loss, kl_loss)
-from similarity import token_similarity
+                     entropy_loss, kl_loss, region_gates)
+from similarity import reference_similarity, token_similarity
 
 
 def unit(*shape):
@@ -126,6 +126,34 @@ def test_the_variance_starts_at_the_prior_and_evaluation_is_silent(prior):
     regions, log_var = sampler(means, torch.rand(2, 5, 3))
     assert torch.equal(regions, means)
     torch.testing.assert_close(log_var, torch.full_like(means, math.log(prior)))
+
+
+# ---- gates -------------------------------------------------------------------------------------------------
+def test_gates_are_gumbel_sigmoids_in_training_and_open_or_closed_in_evaluation_one_always_open():
+    logits = torch.tensor([[2.0, -1.0, 0.5], [-3.0, -2.0, -5.0]])
+    assert region_gates(logits, False).tolist() == [[1, 0, 1], [0, 1, 0]]
+    draws = torch.stack([region_gates(logits, True) for _ in range(4000)])
+    assert (draws.amax(2) == 1).all() and draws[:, 0, 0].min() == draws[:, 1, 1].min() == 1
+    for place in ((0, 1), (0, 2), (1, 0)):              # P(logit + logistic noise > 0) is the sigmoid
+        share = (draws[:, *place] > 0.5).double().mean().item()
+        assert share == pytest.approx(logits[place].sigmoid().item(), abs=0.03)
+
+
+def test_a_closed_region_has_similarity_0_and_no_weight_and_the_open_ones_are_weighted_alike():
+    torch.manual_seed(0)
+    sets = [*TINY, "model.gates=true", "model.num_prompts=6"]
+    config = runs.load_config(CONFIG, "vit_micro", "grm", sets=sets)
+    model = build_grm(config, 120, 0)
+    torch.nn.init.normal_(model.gate.weight, std=2)
+    image, text = model.eval()(*batch())
+    assert set(image.gates.unique().tolist()) == {0, 1}
+    regions = (F.normalize(image.regions, dim=-1) * image.gates[..., None]).double()
+    expected = reference_similarity(regions, text.tokens.double(), text.valid, image.gates.double(),
+                                    text.mask.double())
+    torch.testing.assert_close(model.similarity(image, text)["unc"], expected.float(), rtol=0, atol=1e-5)
+    other = torch.where(image.gates[..., None] > 0, image.regions, torch.randn_like(image.regions))
+    unc = model.similarity(image._replace(regions=other), text)["unc"]
+    torch.testing.assert_close(unc, expected.float(), rtol=0, atol=1e-5)
 
 
 # ---- the losses --------------------------------------------------------------------------------------------
@@ -297,7 +325,7 @@ def test_diagnostics_tell_collapsed_regions_from_distinct_ones():
 
     def figures(means):
         attention, log_var = torch.full((2, 6, 3), 1 / 6), torch.full((2, 3, 8), -math.log(8))
-        image = ImageFeatures(tokens, torch.rand(2, 6), means, None, means, means, log_var, attention)
+        image = ImageFeatures(tokens, torch.rand(2, 6), means, None, None, means, means, log_var, attention)
         return diagnostics(image, text)
 
     same, apart = figures(torch.ones(2, 3, 8)), figures(torch.eye(8)[:3].expand(2, 3, 8))

@@ -23,7 +23,7 @@ CASES = {                                # recipe, settings, pairs, pairs encode
     "one rank in parts, one whole": ("grm", [], 63, 31, 1.0), "triplet": ("grm", RAMP, 64, None, 1.0),
     "triplet, in its ramp": ("grm", RAMP, 64, None, 0.1), "recipe paper": ("paper", [], 63, None, 1.0),
     "recipe paper, in its ramp and in parts": ("paper", [], 63, 12, 0.5 / 30),
-    "glo": ("grm", [], 63, 12, 1.0)}
+    "glo": ("grm", [], 63, 12, 1.0), "gates": ("grm", ["model.gates=true"], 63, 12, 1.0)}
 
 
 def silent_run(recipe, sets, rank, count):
