@@ -325,8 +325,8 @@ class GRM(nn.Module):
              epochs: float = math.inf, scores: dict | None = None) -> tuple[Tensor, dict]:
         """Eq. 9 and 13: a L_ori + b L_key + c L_unc + consistency * L_recon + kl * L_KL + entropy * L_ent.
 
-        settings: the `loss` block of the configuration. epochs: how many are done; the first `ramp` of them
-        take all negatives and scale L_con up from 0. scores: of `similarity`. -> loss, its terms detached.
+        With gates, `gates` times their mean is added. settings: the `loss` block. epochs: how many are done;
+        the first `ramp` take all negatives and scale L_con up from 0. scores: of `similarity`. -> loss, terms
         """
         scores = scores or self.similarity(image, text)
         ramping = epochs < settings["ramp"]
