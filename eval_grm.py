@@ -198,9 +198,8 @@ class Matcher:
         """{level: (I', T) on the CPU} of some images of the split with the captions of `caption_batches`."""
         texts = [(columns, TextFeatures(*(x.to(self.device) for x in text))) for columns, text in texts]
         matrices = torch.empty(len(self.levels), len(images), sum(len(columns) for columns, _ in texts))
-        load = partial(data.load_images, split=split, transform=self.transform)
         loader = runs.loader(images, self.config["data"]["workers"], self.device, batch_size=batch_size,
-                             collate_fn=load)
+                             collate_fn=partial(data.load_images, split=split, transform=self.transform))
         done = 0
         with tqdm(total=matrices[0].numel(), desc=f"{title}: images and similarity", unit="pairs",
                   unit_scale=True, disable=title is None, leave=False) as bar:

@@ -252,7 +252,8 @@ class GRM(nn.Module):
         self.sampler = GaussianSampler(dim, 1 / dim if prior == "scaled" else 1.0, uncertainty)
         self.gate = nn.Linear(dim, 1) if gates else None
         if gates:                               # undecided at first; from open ones, few would ever close
-            nn.init.zeros_(self.gate.weight), nn.init.zeros_(self.gate.bias)
+            for parameter in self.gate.parameters():
+                nn.init.zeros_(parameter)
 
     def masked(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """V^ and its weights: the paper multiplies tokens by their mask, ours weights their means by it."""
@@ -325,8 +326,8 @@ class GRM(nn.Module):
              epochs: float = math.inf, scores: dict | None = None) -> tuple[Tensor, dict]:
         """Eq. 9 and 13: a L_ori + b L_key + c L_unc + consistency * L_recon + kl * L_KL + entropy * L_ent.
 
-        With gates, `gates` times their mean is added. settings: the `loss` block. epochs: how many are done;
-        the first `ramp` take all negatives and scale L_con up from 0. scores: of `similarity`. -> loss, terms
+        settings: the `loss` block; `gates`, ours, weights their mean. epochs: how many are done; the first
+        `ramp` take all negatives and scale L_con up from 0. scores: of `similarity`. -> loss, detached terms.
         """
         scores = scores or self.similarity(image, text)
         ramping = epochs < settings["ramp"]
