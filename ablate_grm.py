@@ -72,7 +72,7 @@ from tqdm import tqdm
 
 import data
 import runs
-from data import require
+from data import UserError, require
 
 ROOT = Path(__file__).resolve().parent
 ELSEWHERE = {"data.root", "data.workers"}            # may differ between a run and its continuation
@@ -128,16 +128,15 @@ class Job:
                                        self.settings)
         path = self.folder / "config.yaml"
         if path.exists():
-            old, new = flat(yaml.safe_load(path.read_text()) or {}), flat(self.config)
-            keys = sorted((old.keys() | new.keys()) - ELSEWHERE)
-            changed = [key for key in keys if old.get(key) != new.get(key)]
+            old, new = flat(read(path, yaml.safe_load) or {}), flat(self.config)
+            changed = sorted(key for key in {*old, *new} - ELSEWHERE if old.get(key) != new.get(key))
             require(not changed, f"{self.folder} was trained with another {', '.join(changed[:4])}: "
                                  "choose another --out, or remove it")
 
     def records(self) -> list[dict]:
         """The complete lines of metrics.jsonl; a run that was killed may have left part of one."""
-        path = self.folder / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
+        return read(self.folder / "metrics.jsonl",
+                    lambda text: [json.loads(line) for line in text.split("\n")[:-1]]) or []
 
     def done(self) -> tuple[str | None, dict | None, dict | None]:
         """The split of the table, its recalls, and its grounding: None for what the run has not got to."""
@@ -186,8 +185,12 @@ def script(name: str, flags: dict) -> list[str]:
     return words
 
 
-def read(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+def read(path: Path, parse=json.loads):
+    """What a file holds, {} if there is none. UserError if it is damaged."""
+    try:
+        return parse(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except (ValueError, yaml.YAMLError):
+        raise UserError(f"'{path}' is damaged or no file of ours: choose another place") from None
 
 
 def evidence(grounding: dict) -> dict[str, float | None]:
@@ -293,10 +296,7 @@ def save_table(path: Path, title: str, command: str, columns: list[str], rows: l
 
 
 def read_table(path: Path) -> dict:
-    try:
-        table = read(path)
-    except ValueError:
-        table = {}
+    table = read(path)
     require(isinstance(table, dict) and "conclusion" in table, f"'{path}' is no table: name another file")
     return table
 

@@ -156,7 +156,7 @@ def test_variants_are_names_groups_or_settings():
     (["--set", "train.lr=fast"], "float"), (["--data", "imagenet"], "f30k"), (["--recipe", "x"], "paper"),
     (["--split", "shapes_vall"], "shapes_val"), (["--variants", "train.seed=5"], "set by --seeds"),
     (["--variants", "changes", "--recipe", "paper"], "nothing differs"),
-    (["--json", CONFIG], "is no table")])
+    (["--json", CONFIG], "no file of ours")])
 def test_every_variant_is_checked_before_the_first_run(argv, said, tmp_path):
     with pytest.raises(UserError) as error:
         ablate_grm.main(arguments("--out", tmp_path / "x", *argv))
@@ -172,6 +172,10 @@ def test_a_run_of_other_settings_is_not_taken_for_one_of_these(tmp_path):
     ablate_grm.Job(args, "full", [], 3)
     with pytest.raises(UserError, match="full/seed3 was trained with another model.tau: choose"):
         ablate_grm.Job(args, "full", ["model.tau=2"], 3)
+    for name in "metrics.jsonl", "config.yaml":                  # as after a power cut
+        (job.folder / name).write_bytes(b"\0\0\n")
+        with pytest.raises(UserError, match=f"{name}' is damaged"):
+            ablate_grm.Job(args, "full", [], 3).records()
 
 
 # ---- statistics --------------------------------------------------------------------------------------------
