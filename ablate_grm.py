@@ -193,11 +193,11 @@ def read(path: Path, parse=json.loads):
         raise UserError(f"'{path}' is damaged or no file of ours: choose another place") from None
 
 
-def evidence(grounding: dict) -> dict[str, float | None]:
-    """The columns of grounding.json; of an interval, its mean."""
-    columns = "pointing, words", "pointing, masks", "AUC image", "AUC text", "cosine", "variance"
-    figures = {column: grounding[column] for column in columns}
-    return {column: figure[0] if isinstance(figure, list) else figure for column, figure in figures.items()}
+def evidence(grounding: dict) -> dict[str, float]:
+    """The columns of grounding.json that mean something; of an interval, its mean."""
+    figures = {name: value[0] if isinstance(value, list) else value for name, value in grounding.items()}
+    return {name: value for name, value in figures.items()
+            if isinstance(value, float) and name not in ("chance", "masks less words")}
 
 
 def file_name(text: str) -> str:
@@ -276,8 +276,7 @@ def summarise(results: dict[str, dict[int, dict]]) -> tuple[list[str], list[dict
                   "difference": interval([run["rSum"] - base["rSum"] for run, base in pairs]),
                   "time": statistics.mean(times) if times else None}
         for name in more:
-            found = [run["evidence"].get(name) for run in seeds.values()]
-            values[name] = [figure for figure in found if figure is not None]
+            values[name] = [run["evidence"][name] for run in seeds.values() if name in run["evidence"]]
         rows.append({"name": variant, "values": values})
     return ["seeds", "rSum", "difference", "time", *more], rows
 
@@ -287,8 +286,7 @@ def save_table(path: Path, title: str, command: str, columns: list[str], rows: l
     """Writes a table of RESULTS.md. A file that is there keeps title, conclusion (a sentence by a person) and
     notes (one-line strings). rows: {"name", "values": {column: value}}, a value being a number, a list of one
     number a seed, {"mean", "low", "high"}, or null."""
-    old = read_table(path) if path.exists() else {}
-    table = {"title": title, "conclusion": "", "notes": list(notes)} | old
+    table = {"title": title, "conclusion": "", "notes": list(notes)} | read_table(path)
     table |= {"command": command, **runs.provenance(), "columns": columns, "rows": rows}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -297,7 +295,7 @@ def save_table(path: Path, title: str, command: str, columns: list[str], rows: l
 
 def read_table(path: Path) -> dict:
     table = read(path)
-    require(isinstance(table, dict) and "conclusion" in table, f"'{path}' is no table: name another file")
+    require(not table or "conclusion" in table, f"'{path}' is no table: name another file")
     return table
 
 
@@ -325,8 +323,7 @@ def cell(value) -> str:
 def table_text(table: dict) -> str:
     """A table in Markdown, with its conclusion above, and command, commit and machine below."""
     lines = [["", *table["columns"]], ["---"] * (1 + len(table["columns"]))]
-    for row in table["rows"]:
-        lines.append([row["name"], *(cell(row["values"].get(column)) for column in table["columns"])])
+    lines += [[row["name"], *map(cell, map(row["values"].get, table["columns"]))] for row in table["rows"]]
     grid = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     versions = ", ".join(f"{name} {version}" for name, version in table["versions"].items())
     origin = f"`{table['command']}`, commit {table['commit']}, {versions}, {table['machine']}"
@@ -350,8 +347,7 @@ def main(args):
     # Seed by seed, so that an unfinished table compares all variants.
     jobs = [Job(args, name, settings, seed) for seed in seeds for name, settings in variants.items()]
     config, path = jobs[0].config, Path(args.json or f"{args.out}/table.json")
-    if path.exists():
-        read_table(path)                             # an error now, not after the first run
+    read_table(path)                                 # an error now, not after the first run
     if args.split:
         data.load_split(args.split, config["datasets"], config["data"]["root"], check_images=False)
 

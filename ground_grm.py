@@ -8,6 +8,7 @@ pointing     phrases whose map over the patches l, sum_m w_m <v_l, t_m> / sum_m 
 AUC          image: the mask of patches in boxes against others; text: of content against function words.
 cosine       mean between two regions of an image.
 variance     of a phrase's region, the prior's being 1: phrases of several boxes less those of one.
+open         of gated regions, those that an image uses. with objects: correlation with how many it shows.
 
 Boxes come with `shapes`, and with Flickr30K Entities: `entities` of a data set's block names the folder.
 """
@@ -245,12 +246,12 @@ def encoded_images(matcher, split, batch_size, progress):
 def measure(matcher, split, truths, batch_size=128, progress=True):
     """The figures of a split, given a Truth for each image; None where a figure has no meaning."""
     rows = []                       # a phrase: image, chance, hit by words, hit by masks, variance, ambiguous
-    cosines = []                    # an image
+    per_image = []                  # cosine between its regions, how many are open, how many objects it shows
     masks = defaultdict(list)       # mask values by what they lie on
     images = encoded_images(matcher, split, batch_size, progress)
     for i, (image, captions, truth) in enumerate(zip(images, split.captions, truths)):
         grid = math.isqrt(len(image.mask))
-        cosines.append(image.cosine)
+        per_image.append((image.cosine, image.regions.any(-1).sum(), len(truth.boxes)))
         if truth.boxes:
             within = inside(truth.boxes, grid).any(0)
             masks["box"].append(image.mask[within])
@@ -270,13 +271,17 @@ def measure(matcher, split, truths, batch_size=128, progress=True):
                              image.variance[region], len(phrase.boxes) > 1))
     image_of, chance, by_words, by_masks, variance, ambiguous = np.array(rows, dtype=float).reshape(-1, 6).T
     masks = defaultdict(list, {kind: np.concatenate(parts) for kind, parts in masks.items()})
-    uncertain = matcher.model.sampler.sample
+    cosines, opened, objects = np.array(per_image).T
+    model, a, b = matcher.model, opened - opened.mean(), objects - objects.mean()
+    together = [a @ b / math.sqrt(a @ a * (b @ b))] if a.any() and b.any() else []
     return {"split": split.name, "images": len(split), "phrases": len(rows), "chance": mean(chance),
             "pointing, words": mean(by_words), "pointing, masks": mean(by_masks),
             "masks less words": bootstrap(by_masks - by_words, image_of),
             "AUC image": auc(masks["box"], masks["no box"]),
             "AUC text": auc(masks["content"], masks["function"]), "cosine": mean(cosines),
-            "variance": bootstrap(variance, image_of, ambiguous) if uncertain else None}
+            "variance": bootstrap(variance, image_of, ambiguous) if model.sampler.sample else None,
+            "open": mean(opened) if model.gate else None,
+            "open with objects": mean(together) if model.gate else None}
 
 
 def table(report):
@@ -293,8 +298,7 @@ def table(report):
 # ---- the command line --------------------------------------------------------------------------------------
 def main(args):
     matcher = eval_grm.load(args.ckpt)
-    split, datasets, root = eval_grm.split_of(args, matcher.config)
-    split, truths = with_truth(split, datasets, root)
+    split, truths = with_truth(*eval_grm.split_of(args, matcher.config))
     report = measure(matcher, split, truths, args.batch_size)
     print(table(report))
     if args.out:

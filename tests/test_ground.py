@@ -88,7 +88,8 @@ class Knows:
     def __init__(self, split, config, right=True):
         self.split, self.config, self.right, self.done = split, config, right, 0
         self.tokenizer = encoders.build_tokenizer(split.texts)
-        self.model = types.SimpleNamespace(class_tokens=2, sampler=modules.GaussianSampler(8, prior=1 / 8))
+        self.model = types.SimpleNamespace(class_tokens=2, gate=True,
+                                           sampler=modules.GaussianSampler(8, prior=1 / 8))
 
     def encode_images(self, images, batch_size):
         features = [self.image(self.done + b) for b in range(len(images))]
@@ -107,7 +108,8 @@ class Knows:
         regions[0] = torch.tensor([6, 8, 0, 0, 0, 0, 0, 0])                 # longer, but less like the words
         variance = torch.tensor([100, i + 1, 100, 100])[:, None].expand(4, 8) / 8       # the prior's is 1 / 8
         tokens, nothing = likeness[:, None] * torch.eye(8)[0], torch.zeros(0)
-        return tokens, mask, regions, nothing, torch.ones(4), regions[:1], regions, variance.log()
+        gates = (torch.arange(4) < len(self.split.scenes[i].objects)).float()
+        return tokens, mask, regions, nothing, gates, regions[:1], regions, variance.log()
 
     def encode_texts(self, texts, batch_size):
         ids, _, words = data.pad(data.tokenize(self.tokenizer, texts, 64), self.tokenizer.pad_token_id)
@@ -145,6 +147,9 @@ def test_every_figure_of_a_known_model_against_a_count(tiny_config):
     assert value == pytest.approx(np.mean(second) - np.mean(first)) and low < value < high
     assert report["cosine"] == pytest.approx((1 + .6 + .6) / 6)      # six pairs
     assert report["variance"][0] == pytest.approx(np.mean(several) - np.mean(one), rel=1e-4)
+    objects = [len(scene.objects) for scene in split.scenes]
+    assert report["open"] == pytest.approx(np.minimum(objects, 4).mean())
+    assert report["open with objects"] == pytest.approx(np.corrcoef(objects, np.minimum(objects, 4))[0, 1])
 
 
 @pytest.mark.parametrize("right", [True, False])
@@ -222,7 +227,7 @@ def test_bad_entities_files_are_named_in_one_line(file, text, said, entities_roo
 
 # ---- the command -------------------------------------------------------------------------------------------
 KEYS = {"split", "images", "phrases", "chance", "pointing, words", "pointing, masks", "masks less words",
-        "AUC image", "AUC text", "cosine", "variance"}
+        "AUC image", "AUC text", "cosine", "variance", "open", "open with objects"}
 
 
 def ground(config, folder, capsys, *argv):
