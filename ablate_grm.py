@@ -266,8 +266,7 @@ def interval(values: list[float]) -> dict | float | None:
 
 def summarise(results: dict[str, dict[int, dict]]) -> tuple[list[str], list[dict]]:
     """{variant: {seed: Job.result()}} -> columns, rows. What is compared with `full` is paired by seed."""
-    every = [run for seeds in results.values() for run in seeds.values()]
-    more = dict.fromkeys(name for run in every for name in run["evidence"])
+    more = {name: None for found in results.values() for run in found.values() for name in run["evidence"]}
     rows, full = [], results.get("full", {})
     for variant, seeds in results.items():
         pairs = [(seeds[seed], full[seed]) for seed in seeds if seed in full and variant != "full"]
@@ -295,7 +294,8 @@ def save_table(path: Path, title: str, command: str, columns: list[str], rows: l
 
 def read_table(path: Path) -> dict:
     table = read(path)
-    require(not table or "conclusion" in table, f"'{path}' is no table: name another file")
+    known = isinstance(table, dict) and "conclusion" in table
+    require(known or not path.exists(), f"'{path}' is no table: name another file")
     return table
 
 
