@@ -273,7 +273,7 @@ def measure(matcher, split, truths, batch_size=128, progress=True):
     masks = defaultdict(list, {kind: np.concatenate(parts) for kind, parts in masks.items()})
     cosines, opened, objects = np.array(per_image).T
     model, a, b = matcher.model, opened - opened.mean(), objects - objects.mean()
-    together = [a @ b / math.sqrt(a @ a * (b @ b))] if a.any() and b.any() else []
+    pearson = [a @ b / math.sqrt(a @ a * (b @ b))] if a.any() and b.any() else []
     return {"split": split.name, "images": len(split), "phrases": len(rows), "chance": mean(chance),
             "pointing, words": mean(by_words), "pointing, masks": mean(by_masks),
             "masks less words": bootstrap(by_masks - by_words, image_of),
@@ -281,7 +281,7 @@ def measure(matcher, split, truths, batch_size=128, progress=True):
             "AUC text": auc(masks["content"], masks["function"]), "cosine": mean(cosines),
             "variance": bootstrap(variance, image_of, ambiguous) if model.sampler.sample else None,
             "open": mean(opened) if model.gate else None,
-            "open with objects": mean(together) if model.gate else None}
+            "open with objects": mean(pearson) if model.gate else None}
 
 
 def table(report):
