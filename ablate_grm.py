@@ -28,7 +28,7 @@ def parse_arguments(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--config", default="configs.yaml", metavar="FILE", help="default configs.yaml")
-    add("--backbone", metavar="NAME", help="as of train_grm.py, as all flags up to --set")
+    add("--backbone", metavar="NAME", help="of train_grm.py, as all flags up to --set")
     add("--recipe", metavar="NAME", help="default: the backbone's")
     add("--data", metavar="NAME", help="default: the backbone's")
     add("--data-root", metavar="DIR", help="default: data")
@@ -98,19 +98,12 @@ def variants_of(args) -> dict[str, list[str]]:
 def changes(args) -> dict[str, list[str]]:
     """Each setting in which the configuration differs from recipe `paper`, turned back to the value there."""
     def settings_of(recipe):
-        return flat(runs.load_config(args.config, args.backbone, recipe, args.data, args.data_root, args.set))
+        return runs.flat(runs.load_config(args.config, args.backbone, recipe, args.data, args.data_root,
+                                          args.set))
 
     own, paper = settings_of(args.recipe), settings_of("paper")
     return {f"paper_{key}": [f"{key}={json.dumps(value)}"] for key, value in paper.items()
             if value != own[key] and key != "recipe"}
-
-
-def flat(config: dict, prefix: str = "") -> dict:
-    """{"train.lr": ...} of nested blocks."""
-    found = {}
-    for key, value in config.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return found
 
 
 # ---- the runs ----------------------------------------------------------------------------------------------
@@ -128,7 +121,7 @@ class Job:
                                        self.settings)
         path = self.folder / "config.yaml"
         if path.exists():
-            old, new = flat(read(path, yaml.safe_load) or {}), flat(self.config)
+            old, new = runs.flat(read(path, yaml.safe_load) or {}), runs.flat(self.config)
             changed = sorted(key for key in {*old, *new} - ELSEWHERE if old.get(key) != new.get(key))
             require(not changed, f"{self.folder} was trained with another {', '.join(changed[:4])}: "
                                  "choose another --out, or remove it")
@@ -210,8 +203,9 @@ def environments(count: int | None) -> list[dict]:
         names = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
         found = [{"CUDA_VISIBLE_DEVICES": name} for name in names.split(",")]
     else:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        found = [{"OMP_NUM_THREADS": "1"}] * max(1, cores - round(os.getloadavg()[0]))
+        linux = hasattr(os, "sched_getaffinity")
+        cores = len(os.sched_getaffinity(0)) - round(os.getloadavg()[0]) if linux else os.cpu_count()
+        found = [{"OMP_NUM_THREADS": "1"}] * max(1, cores)
     return [found[n % len(found)] for n in range(count or len(found))]
 
 
@@ -255,10 +249,10 @@ def work_off(jobs: list[Job], slots: list[dict], after_each) -> dict[str, str]:
 
 
 # ---- the statistics ----------------------------------------------------------------------------------------
-def interval(values: list[float]) -> dict | float | None:
-    """Mean of n values with its 95% interval by Student's t; one value as it is; None of none."""
+def interval(values: list[float]) -> dict | None:
+    """Mean of n values with its 95% interval by Student's t; of one value that alone; None of none."""
     if len(values) < 2:
-        return values[0] if values else None
+        return {"mean": values[0]} if values else None
     mean, quantile = statistics.mean(values), T_QUANTILE[min(len(values), 11) - 2]
     half = quantile * statistics.stdev(values) / len(values) ** 0.5
     return {"mean": mean, "low": mean - half, "high": mean + half}
@@ -284,7 +278,7 @@ def summarise(results: dict[str, dict[int, dict]]) -> tuple[list[str], list[dict
 def save_table(path: Path, title: str, command: str, columns: list[str], rows: list[dict], notes=()) -> dict:
     """Writes a table of RESULTS.md. A file that is there keeps title, conclusion (a sentence by a person) and
     notes (one-line strings). rows: {"name", "values": {column: value}}, a value being a number, a list of one
-    number a seed, {"mean", "low", "high"}, or null."""
+    number a seed, {"mean", "low", "high"} or {"mean"}, or null."""
     table = {"title": title, "conclusion": "", "notes": list(notes)} | read_table(path)
     table |= {"command": command, **runs.provenance(), "columns": columns, "rows": rows}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -312,7 +306,8 @@ def cell(value) -> str:
         return "–"
     if isinstance(value, dict):
         digits = 1 if max(map(abs, value.values())) >= 1 else 3
-        return "{mean:+.{n}f} [{low:+.{n}f}, {high:+.{n}f}]".format(**value, n=digits)
+        mean, *ends = (f"{figure:+.{digits}f}" for figure in value.values())
+        return f"{mean} [{', '.join(ends)}]" if ends else mean
     values = value if isinstance(value, list) else [value]
     mean = statistics.mean(values)
     digits = 0 if isinstance(mean, int) else sum(abs(mean) < least for least in (1000, 10, 1))

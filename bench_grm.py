@@ -287,9 +287,8 @@ def main(args):
         bench_step(report, "vit_micro", 128)
     print(f"\n{time.perf_counter() - started:.0f} s in all")
     if args.json:
-        command = shown_command("bench_grm.py", args.argv)
-        notes = ["ratio: similarity, to GEMM; step, to the whole step."]
-        save_table(Path(args.json), "Speed and memory", command, report.columns, report.rows, notes)
+        save_table(Path(args.json), "Speed and memory", shown_command("bench_grm.py", args.argv),
+                   report.columns, report.rows, ["ratio: similarity, to GEMM; step, to the whole step."])
 
 
 if __name__ == "__main__":

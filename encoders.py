@@ -375,10 +375,8 @@ def _hub_answers(timeout: float = 5.0) -> bool:
         return False
     try:
         urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=timeout)
-    except urllib.error.HTTPError:                                # an answer, whatever it says
-        return True
-    except (OSError, ValueError):
-        return False
+    except (OSError, ValueError) as error:
+        return isinstance(error, urllib.error.HTTPError)          # an answer, whatever it says
     return True
 
 

@@ -266,7 +266,8 @@ def measure(matcher, split, truths, batch_size=128, progress=True):
                     continue
                 target = inside(phrase.boxes, grid).any(0)
                 maps = similarity_maps(tokens[said] @ image.tokens.T, image.mask, mask[said])
-                region = (image.regions @ (mask[said] @ tokens[said])).argmax()
+                fit = image.regions @ (mask[said] @ tokens[said])
+                region = np.where(image.regions.any(-1), fit, -np.inf).argmax()     # of those that are open
                 rows.append((i, target.mean(), target[maps["words"].argmax()], target[maps["masks"].argmax()],
                              image.variance[region], len(phrase.boxes) > 1))
     image_of, chance, by_words, by_masks, variance, ambiguous = np.array(rows, dtype=float).reshape(-1, 6).T

@@ -69,9 +69,9 @@ class SharedRun:
         super().validate()
 
     # ---- files and messages are rank 0's -------------------------------------------------------------------
-    def prepare_folder(self, resume):
+    def prepare_folder(self, last):
         if self.rank == 0:
-            super().prepare_folder(resume)
+            super().prepare_folder(last)
         else:
             self.metrics = open(os.devnull, "ab", buffering=0)
         dist.barrier()

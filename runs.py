@@ -3,13 +3,13 @@ import contextlib
 import copy
 import os
 import platform
-import shutil
 import signal
 import stat
 import subprocess
 import sys
 import warnings
 import zipfile
+from numbers import Real
 from pathlib import Path
 
 import torch
@@ -23,16 +23,21 @@ from encoders import one_line
 
 SECTIONS = ("image", "text", "model", "loss", "augment", "data", "train")
 FREE = ("image.options", "text.options", "datasets")               # below these, --set may add keys
-LIMITS = {                                                         # what a number must be, if it is not null
-    "a whole number of at least 1": (
-        lambda x: x >= 1 and isinstance(x, int), "image.size text.max_length model.dim model.num_prompts "
-        "train.epochs train.max_steps train.batch_size train.micro_batch train.log_every train.val_every "
-        "train.max_bad_steps"),
-    "a whole number of at least 0": (lambda x: x >= 0 and isinstance(x, int), "data.workers train.seed"),
-    "at least 0": (lambda x: x >= 0, "loss.ramp train.warmup train.weight_decay train.save_minutes "
-                                     "train.encoder_lr train.adapter_lr"),
-    "above 0": (lambda x: 0 < x < 9e99, "model.tau model.prompt_scale loss.temperature train.lr train.clip"),
-    "between 0 and 1": (lambda x: 0 < x < 1, "model.image_keep model.text_keep")}
+LIMITS = {                                                         # what a value must be, if it is not null
+    "a whole number of at least 1": (int, lambda x: x >= 1, "image.size text.max_length model.dim "
+                                     "model.num_prompts train.epochs train.max_steps train.batch_size "
+                                     "train.micro_batch train.log_every train.val_every train.max_bad_steps"),
+    "a whole number of at least 0": (int, lambda x: x >= 0, "data.workers train.seed"),
+    "at least 0": (Real, lambda x: x >= 0, "loss.ramp train.warmup train.weight_decay train.save_minutes "
+                                           "train.encoder_lr train.adapter_lr"),
+    "above 0": (Real, lambda x: 0 < x < 9e99, "model.tau model.prompt_scale loss.temperature train.lr "
+                                              "train.clip"),
+    "between 0 and 1": (Real, lambda x: 0 < x < 1, "model.image_keep model.text_keep"),
+    "from 0 to 1": (Real, lambda x: 0 <= x <= 1, "augment.flip augment.word_drop augment.word_mask "
+                                                 "augment.word_random"),
+    "a list of parts, from 0 to 1": (list, lambda x: all(is_number(part) and 0 <= part <= 1 for part in x),
+                                     "augment.crop train.milestones"),
+    "a name": (str, len, "image.weights data.val_split train.init")}
 SIGHUP = getattr(signal, "SIGHUP", None)                           # Windows has none
 LOADER_SECONDS = 100                              # a data loader that gives nothing for so long is stuck
 CHOICES = {"loss.kind": ("triplet", "infonce"), "data.epoch": ("captions", "images"),
@@ -43,11 +48,11 @@ CHOICES = {"loss.kind": ("triplet", "infonce"), "data.epoch": ("captions", "imag
 # ---- the configuration -------------------------------------------------------------------------------------
 def load_config(path: str, backbone: str, recipe: str | None = None, dataset: str | None = None,
                 data_root: str | None = None, sets=()) -> dict:
-    """The settings of a run: defaults <- the data set's `config` <- the backbone <- the recipe, by default
-    the backbone's <- --set key=value. UserError for a setting that does not exist or cannot be."""
+    """The settings of a run: configs.yaml's defaults <- the file's <- the data set's `config` <- the backbone
+    <- the recipe, by default the backbone's <- --set. UserError for one that does not exist or cannot be."""
     blocks = read_blocks(path, ["defaults", "recipes", "backbones", "datasets"])
-    defaults = {section: {key: fitting(value, None, key) for key, value in
-                          settings(blocks["defaults"].get(section), f"defaults.{section}").items()}
+    shipped = read_blocks(Path(__file__).with_name("configs.yaml"), ["defaults"])["defaults"]
+    defaults = {section: {key: fitting(value, None, key) for key, value in shipped[section].items()}
                 for section in SECTIONS}
     special = dict(settings(named(blocks, "backbones", backbone), f"backbones.{backbone}"))
     recipe = recipe or special.get("recipe")
@@ -57,21 +62,21 @@ def load_config(path: str, backbone: str, recipe: str | None = None, dataset: st
     own = settings(named(blocks, "datasets", name), f"datasets.{name}")
 
     config = copy.deepcopy(defaults)
+    merge(config, blocks["defaults"], "defaults")
     merge(config, own.get("config"), f"datasets.{name}.config")
     merge(config, special, f"backbones.{backbone}")
     for key in ("all", backbone):
         merge(config, changes.get(key), f"recipes.{recipe}.{key}")
     config |= {"backbone": backbone, "recipe": recipe, "datasets": blocks["datasets"]}
     config["data"]["name"] = name
-    if data_root:
-        config["data"]["root"] = data_root
+    config["data"]["root"] = data_root or config["data"]["root"]
     for item in sets:
         set_key(config, item)
     check(config, defaults)
     return config
 
 
-def read_blocks(path: str, needed=("datasets",)) -> dict:
+def read_blocks(path: str | Path, needed=("datasets",)) -> dict:
     """The blocks of a configuration file, among them those that are needed."""
     try:
         blocks = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -122,6 +127,7 @@ def set_key(config: dict, item: str):
     """One --set key=value: the key is dotted, the value YAML."""
     key, equals, text = item.partition("=")
     require(equals, f"--set takes key=value, got '{item}'")
+    require(key != "data.name", "--set data.name: name the data set with --data")
     *path, last = key.split(".")
     block = config
     for part in path:
@@ -139,29 +145,32 @@ def set_key(config: dict, item: str):
 
 def check(config: dict, defaults: dict):
     """Values that no run can use, told before anything is read."""
-    def get(key):
-        section, name = key.split(".")
-        require(name in config[section], f"{key} is missing: the block `defaults` must have it")
-        return config[section][name]
-
-    for section in SECTIONS:
-        for name, default in defaults[section].items():
-            must = isinstance(default, (int, float, list))         # what is null by default may be null
-            require(config[section][name] is not None or not must,
-                    f"{section}.{name} is null; it must have a value, as {default!r}")
-    for kind, (fits, keys) in LIMITS.items():
+    get = flat(config).__getitem__
+    for key, default in flat(defaults).items():
+        may = default is None or key == "text.name"
+        require(get(key) is not None or may, f"{key} is null; it must have a value, as {default!r}")
+    for what, (kind, fits, keys) in LIMITS.items():
         for key in keys.split():
             value = get(key)
-            fine = value is None or is_number(value) and fits(value)
-            require(fine, f"{key} is {value!r}; it must be {kind}")
+            fine = isinstance(value, kind) and not isinstance(value, bool) and fits(value)
+            require(fine or value is None, f"{key} is {value!r}; it must be {what}")
     for key, valid in CHOICES.items():
         require(get(key) in valid, f"{key} is '{get(key)}'; valid: {', '.join(valid)}")
-    require(all(is_number(part) and 0 <= part <= 1 for part in get("train.milestones")),
-            f"train.milestones is {get('train.milestones')!r}; it must list parts of training, from 0 to 1")
+    crop = get("augment.crop")
+    require(len(crop) == 2 and 0 < crop[0] <= crop[1], f"augment.crop is {crop}; it must be [least, most]")
     require(any(get(f"loss.{level}") for level in modules.LEVELS),
             "every level of loss (ori, key, unc, glo) is 0: nothing is left to learn from")
     require(not get("loss.glo") or get("model.joint"), "loss.glo needs model.joint=true and encoders for it")
     require(not get("model.joint") or get("text.pretrained"), "model.joint needs text.pretrained=true")
+    require(not get("image.weights") or get("image.pretrained"), "image.weights needs image.pretrained=true")
+
+
+def flat(config: dict, prefix: str = "") -> dict:
+    """{"train.lr": ...} of nested blocks."""
+    found = {}
+    for key, value in config.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
 
 
 # ---- the run folder and its checkpoints --------------------------------------------------------------------
@@ -297,7 +306,7 @@ class Signals:
             return
         if number == SIGHUP:
             leave_terminal()
-        if "RANK" not in os.environ:
+        if "LOCAL_RANK" not in os.environ:
             for other in self.before:
                 signal.signal(other, signal.SIG_IGN if other == SIGHUP else signal.SIG_DFL)
         self.stop = True
@@ -350,7 +359,8 @@ def one_line_errors():
         if isinstance(error, torch.OutOfMemoryError):
             said = "the GPU has no memory left: lower train.micro_batch, or an evaluation's --batch-size"
         elif said.startswith("DataLoader"):
-            said = loader_failed(said)
+            said = (f"the processes that load images failed ({one_line(said)}): give a container more shared "
+                    "memory (--shm-size), check the disk or, in training, set data.workers=0 and --resume")
         elif isinstance(error, RuntimeError):
             raise
         error.__traceback__ = None           # it holds the data-loading processes, which would be waited for
@@ -366,15 +376,6 @@ def loader(dataset, workers: int, device: torch.device, **more) -> DataLoader:
                       generator=torch.Generator(), **more)         # its own, or an epoch's start draws noise
 
 
-def loader_failed(said: str) -> str:
-    shared = ""
-    with contextlib.suppress(OSError):                             # Linux only
-        size = shutil.disk_usage("/dev/shm").total >> 20
-        shared = f"; batches pass through /dev/shm, which holds {size} MiB"
-    return (f"the processes that load images failed ({one_line(said)}{shared}): give a container more with "
-            "--shm-size, check the disk, or set data.workers=0; training goes on with --resume")
-
-
 def amp_context(config: dict, device: torch.device):
     """Autocast as `train.amp` says: bf16 where the card has it, else fp16; nothing on the CPU."""
     enabled = config["train"]["amp"] and device.type == "cuda"
@@ -388,8 +389,9 @@ def amp_type(device: torch.device) -> torch.dtype:
 
 def provenance() -> dict:
     """Where a figure comes from, for results/*.json: commit, versions, machine."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    git, commit = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"], ""
+    with contextlib.suppress(OSError):                             # a small container may have no git
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     return {"commit": commit or None, "versions": versions, "machine": machine}

@@ -69,16 +69,18 @@ class Run:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
         self.load_data()
-        last = runs.load_last(out) if resume else None
+        last, init = runs.load_last(out) if resume else None, config["train"]["init"]
         if last:
-            recipe = last["config"]["recipe"]
-            require(recipe == config["recipe"], f"--resume: '{out}' was trained with --recipe {recipe}, not "
-                    f"{config['recipe']}: name that, or choose another --out")
-        self.build_model(last)
+            old, new = runs.flat(last["config"]), runs.flat(config)
+            fixed = "recipe data.name data.epoch data.val_split train.batch_size train.seed".split()
+            changed = ", ".join(f"{key} {old.get(key)}" for key in fixed if old.get(key) != new[key])
+            require(not changed, f"--resume: '{out}' was trained with {changed}: repeat its command, or "
+                                 "choose another --out")
+        self.build_model(last or init and runs.load_checkpoint(runs.find_checkpoint(init)))
         self.build_loader()
-        self.prepare_folder(resume)
         if last:
             self.restore(last)
+        self.prepare_folder(last)
 
     # ---- the loop ------------------------------------------------------------------------------------------
     def train(self):
@@ -169,8 +171,8 @@ class Run:
         started = time.perf_counter()
         results = self.evaluate(self.val_split)
         rsum = results["combined"]["rsum"]
-        self.log({"epoch": self.sampler.epoch, "val_split": self.val_split.name, "val_rsum": rsum,
-                  "val": results, "train_seconds": round(self.trained, 1)})
+        self.log({"epoch": (self.step - 1) // len(self.sampler), "val_split": self.val_split.name,
+                  "val_rsum": rsum, "val": results, "train_seconds": round(self.trained, 1)})
         self.validated, improved = self.step, rsum > self.best
         if improved:
             self.best = rsum
@@ -205,25 +207,28 @@ class Run:
     def load_data(self):
         """All data, checked before the first step."""
         config, datasets = self.config["data"], self.config["datasets"]
-        train, val = (data.name_of_part(datasets, config["name"], part) for part in ("train", "val"))
-        self.train_split, self.val_split = map(self.load_split, (train, config["val_split"] or val))
+        train = data.name_of_part(datasets, config["name"], "train")
+        val = config["val_split"] or data.name_of_part(datasets, config["name"], "val")
+        self.train_split, self.val_split = map(self.load_split, (train, val))
 
     def load_split(self, name: str) -> data.Split:
         return data.load_split(name, self.config["datasets"], self.config["data"]["root"])
 
-    def build_model(self, last: dict | None):
+    def build_model(self, start: dict | None):
         config, train = self.config, self.config["train"]
         pretrained = {f"{kind}_encoder": config[kind]["pretrained"] for kind in ("image", "text")}
         if config["model"]["joint"]:                               # the projections are the encoders' own
             pretrained |= {f"{kind}_proj": config[kind]["pretrained"] for kind in ("image", "text")}
-        if last:
-            self.tokenizer = encoders.tokenizer_from_state(last["tokenizer"])
+        if start:
+            self.tokenizer = encoders.tokenizer_from_state(start["tokenizer"])
         else:
             words = None if config["text"]["pretrained"] else self.train_split.texts
             self.tokenizer = encoders.load_tokenizer(config["text"]["name"], words)
         rows, pad_id = encoders.rows_needed(self.tokenizer), self.tokenizer.pad_token_id
-        self.model = modules.build_grm(config, rows, pad_id, last and last["text_config"],
-                                       pretrained=not last).to(self.device)
+        self.model = modules.build_grm(config, rows, pad_id, start and start["text_config"],
+                                       pretrained=not start).to(self.device)
+        if start:
+            self.load(self.model, start["model"])
         if train["compile"] and self.device.type == "cuda":
             compile_encoders(self.model)
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model, train, pretrained), fused=True)
@@ -249,11 +254,13 @@ class Run:
                                   batch_sampler=self.sampler, collate_fn=collate)
         self.total_steps = min(train["epochs"] * len(self.sampler), train["max_steps"] or math.inf)
 
-    def prepare_folder(self, resume: bool):
-        kept = runs.make_folder(self.out, self.config, resume)
+    def prepare_folder(self, last: dict | None):
+        kept = runs.make_folder(self.out, self.config, resume=bool(last))
         if kept:
             self.say(f"the earlier run in {self.out} is kept as {kept}")
         self.metrics = open(self.out / "metrics.jsonl", "ab", buffering=0)
+        if last and self.metrics.tell() > last["metrics_size"]:   # steps that are done again are logged again
+            self.metrics.seek(self.metrics.truncate(last["metrics_size"]))
 
     # ---- its state -----------------------------------------------------------------------------------------
     def checkpoint(self) -> dict:
@@ -264,32 +271,31 @@ class Run:
     def save_last(self):
         state = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
                  "random_states": self.random_states(), "validated": self.validated, "trained": self.trained,
-                 "skipped": [self.skipped, self.skipped_in_a_row],
-                 "metrics_size": self.metrics.tell()}
+                 "skipped": [self.skipped, self.skipped_in_a_row], "metrics_size": self.metrics.tell()}
         self.save("last.pt", self.checkpoint() | state, self.out / "last.prev.pt")
         self.saved_at = time.perf_counter()
 
     def save(self, name: str, checkpoint: dict, previous: Path | None = None):
         runs.save(self.out / name, checkpoint, previous)
 
-    def restore(self, last: dict):
-        rates = [{"peak": group["peak"], "weight_decay": group["weight_decay"]}
-                 for group in self.optimizer.param_groups]
+    def load(self, part, state: dict):
         try:
-            self.model.load_state_dict(last["model"])
-            self.optimizer.load_state_dict(last["optimizer"])
+            part.load_state_dict(state)
         except (RuntimeError, ValueError) as error:
-            raise UserError(f"--resume: the settings do not fit the run in '{self.out}' ({one_line(error)}): "
-                            "repeat its command, or choose another --out") from None
+            raise UserError(f"the settings do not fit the checkpoint ({one_line(error)}): repeat those of "
+                            "its run, or train without --resume and train.init") from None
+
+    def restore(self, last: dict):
+        rates = [(group["peak"], group["weight_decay"]) for group in self.optimizer.param_groups]
+        self.load(self.optimizer, last["optimizer"])
         for group, rate in zip(self.optimizer.param_groups, rates):    # as set now, not as saved
-            group.update(rate)
+            group["peak"], group["weight_decay"] = rate
         if last["scaler"]:                               # empty where the run had none: bf16, or no train.amp
             self.scaler.load_state_dict(last["scaler"])
-        self.step, self.best, self.validated, self.trained = (
-            last[key] for key in ("step", "best", "validated", "trained"))
+        self.step, self.trained = last["step"], last["trained"]
+        if (self.out / "best.pt").exists():                        # else last.pt alone was copied here
+            self.best, self.validated = last["best"], last["validated"]
         self.skipped, self.skipped_in_a_row = last["skipped"]
-        if self.metrics.tell() > last["metrics_size"]:            # steps that are done again are logged again
-            self.metrics.seek(self.metrics.truncate(last["metrics_size"]))
         states = last["random_states"]
         if len(states) == self.ranks and len(states[0]) == len(random_state()):
             set_random_state(states[self.rank])
@@ -370,7 +376,7 @@ def parameter_groups(model: modules.GRM, train: dict, pretrained: dict[str, bool
 def main(args) -> str | None:
     """Trains, and returns what sys.exit takes: None, or, if a signal stopped the run, how to go on."""
     kind = Run
-    if "RANK" in os.environ:                                  # one of several processes that torchrun started
+    if "LOCAL_RANK" in os.environ:                            # one of several processes that torchrun started
         import ranks
         kind = type("RankRun", (ranks.SharedRun, Run), {})
     signals, run, begun = runs.Signals(), None, False

@@ -132,7 +132,7 @@ def test_changes_turn_the_recipe_back_to_the_paper_one_setting_at_a_time():
     variants = variants_of("changes")
 
     def flat(recipe, sets=()):
-        return ablate_grm.flat(runs.load_config(CONFIG, "vit_micro", recipe, sets=sets))
+        return runs.flat(runs.load_config(CONFIG, "vit_micro", recipe, sets=sets))
 
     own, paper = flat("grm"), flat("paper")
     for name, settings in variants.items():
@@ -191,7 +191,7 @@ def test_the_interval_is_students(freedom):
     assert 0.5 + math.exp(log_factor) * np.trapezoid(density, x) == pytest.approx(0.975, abs=2e-4)
     assert (found["low"] + found["high"]) / 2 == pytest.approx(found["mean"])
     assert found["mean"] == pytest.approx(np.mean(values))
-    assert ablate_grm.interval([1.0]) == 1.0 and ablate_grm.interval([]) is None
+    assert ablate_grm.interval([1.0]) == {"mean": 1.0} and ablate_grm.interval([]) is None
 
 
 def made_up(rsum, speed=1.0, **evidence):

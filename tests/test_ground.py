@@ -82,8 +82,8 @@ def test_the_interval_resamples_images_not_values():
 # ---- a model that knows ------------------------------------------------------------------------------------
 class Knows:
     """A matcher of words that are all alike. Of an image's objects the first looks most like them, and the
-    second, which the mask prefers, nearly so. With right = False, objects and ground change places, and so do
-    content and function words."""
+    second, which the mask prefers, nearly so. Of its regions, which are all unlike them, the second is least
+    so. With right = False, objects and ground change places, and so do content and function words."""
 
     def __init__(self, split, config, right=True):
         self.split, self.config, self.right, self.done = split, config, right, 0
@@ -104,12 +104,14 @@ class Knows:
         if not self.right:
             likeness, mask = 1 - likeness, 1 - mask
         likeness, mask = (torch.cat([torch.ones(2), x]) for x in (likeness, mask))      # class tokens
-        regions = torch.eye(8)[[1, 0, 0, 2]]
-        regions[0] = torch.tensor([6, 8, 0, 0, 0, 0, 0, 0])                 # longer, but less like the words
+        means = torch.eye(8)[[1, 0, 0, 2]]
+        means[0] = torch.tensor([6, 8, 0, 0, 0, 0, 0, 0])
+        regions = torch.zeros(4, 8)
+        regions[:, :2] = torch.tensor([[-0.6, 0.8], [-1, 10], [-2, 10], [-3, 10]])      # not the longest
         variance = torch.tensor([100, i + 1, 100, 100])[:, None].expand(4, 8) / 8       # the prior's is 1 / 8
         tokens, nothing = likeness[:, None] * torch.eye(8)[0], torch.zeros(0)
         gates = (torch.arange(4) < len(self.split.scenes[i].objects)).float()
-        return tokens, mask, regions, nothing, gates, regions[:1], regions, variance.log()
+        return tokens, mask, regions, nothing, gates, means[:1], means, variance.log()
 
     def encode_texts(self, texts, batch_size):
         ids, _, words = data.pad(data.tokenize(self.tokenizer, texts, 64), self.tokenizer.pad_token_id)

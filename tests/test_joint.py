@@ -109,8 +109,8 @@ def test_encoders_that_share_no_space_are_refused_in_one_line(sets, said, tmp_pa
     ("vit_base_patch16_siglip_224", "embed_dim: 32, depth: 1, num_heads: 2, num_classes: 512")])
 def test_an_image_encoder_without_a_head_of_that_kind_is_refused_in_one_line(name, options, towers, tmp_path):
     failure = run_train("--backbone", "vit_micro", "--out", tmp_path / "x", "--set", *TINY, *towers[3],
-                        f"image.name={name}", "image.pretrained=false", f"image.options={{{options}}}",
-                        *(["image.size=64"] if name == "resnet10t" else []))
+                        f"image.name={name}", f"image.options={{{options}}}", "image.pretrained=false",
+                        "image.weights=", *(["image.size=64"] if name == "resnet10t" else []))
     assert "the image encoder has no projection" in failure and "\n" not in failure
 
 

@@ -68,7 +68,7 @@ It helps.
 @pytest.mark.parametrize("value, text", [
     (None, "–"), (3, "3"), (25000, "25,000"), (0.8843, "0.884"), (1.0712, "1.07"), (535.84, "535.8"),
     (12345.6, "12,346"), ([], "–"), ([1.0], "1.00"), ([0.5, 0.6, 0.7], "0.600 ± 0.100"),
-    ({"mean": 0.2, "low": -0.1, "high": 0.5}, "+0.200 [-0.100, +0.500]")])
+    ({"mean": 0.2, "low": -0.1, "high": 0.5}, "+0.200 [-0.100, +0.500]"), ({"mean": 8.76}, "+8.8")])
 def test_the_size_of_a_value_decides_its_digits(value, text):
     assert ablate_grm.cell(value) == text
 

@@ -68,8 +68,8 @@ def same_end(one, other):
         a, b = (runs.load_checkpoint(out / name) for out in (one, other))
         for key in ("model", "optimizer", "scaler", "random_states", "step", "best", "validated"):
             assert equal(a.get(key), b.get(key)), f"{name}: {key} differs"
-    a, b = ([(r["step"], r.get("loss"), r.get("val_rsum"), r.get("test")) for r in records(out)]
-            for out in (one, other))
+    keys = "step", "epoch", "loss", "val_rsum", "test"
+    a, b = ([[record.get(key) for key in keys] for record in records(out)] for out in (one, other))
     assert a == b
 
 

@@ -87,8 +87,15 @@ def test_recipe_paper_is_the_defaults():
     ("model.text_keep=1", "between 0 and 1"), ("model.prior=wide", "standard, scaled"),
     ("loss.kind=[", "YAML"), ("train.lr=null", "must have a value"), ("train.micro_batch=2.5", "whole"),
     ("train.seed=-1", "at least 0"), ("image.optionsx=1", "image.options"), ("loss.ramp=-1", "at least 0"),
-    ("train.warmup=-0.1", "at least 0"), ("train.milestones=[2]", "0 to 1"), ("train.milestones=1", "list")])
+    ("train.warmup=-0.1", "at least 0"), ("train.milestones=[2]", "0 to 1"), ("train.milestones=1", "list"),
+    ("data.name=f8k", "--data"), ("data.root=", "must have a value"), ("image.name=", "must have a value"),
+    ("data.val_split=3", "not a str"), ("train.init=[x]", "a name"), ("text.name=", None),
+    ("augment.crop=[0.5]", "least, most"), ("augment.crop=[1,0.5]", "least, most"),
+    ("augment.crop=[0.6,a]", "0 to 1"), ("augment.flip=2", "0 to 1"), ("image.weights=x", "pretrained")])
 def test_a_setting_that_cannot_be_names_what_can(item, said):
+    if not said:
+        runs.load_config(CONFIG, "vit_micro", sets=[item])
+        return
     with pytest.raises(UserError, match=said) as error:
         runs.load_config(CONFIG, "vit_micro", sets=[item])
     assert one_line(str(error.value))
@@ -102,13 +109,16 @@ def test_without_a_level_there_is_nothing_to_learn():
 @pytest.mark.parametrize("key, value, said", [
     ("defaults__train__lr", "1e-4", None), ("backbones__vit_micro__train__lr", "1e-4", None),
     ("backbones__vit_micro__image", None, None), ("backbones__vit_micro__image", "vit", "a block"),
-    ("backbones__vit_micro", "vit", "a block"), ("defaults__loss", None, "unknown key"),
-    ("backbones__vit_micro__train__save_minutes", "0.5", None), ("defaults__train__max_steps", "9", None),
-    ("defaults__train__clip", "2,0", "clip"), ("backbones__vit_micro__train__lr", "fast", "not a float"),
+    ("backbones__vit_micro", "vit", "a block"), ("defaults__loss", None, None),
+    ("defaults__loss", {"margin": 0.3}, None), ("defaults__loss__marign", 0.3, "margin"),
+    ("defaults__los", {}, "loss"), ("backbones__vit_micro__train__save_minutes", "0.5", None),
+    ("defaults__train__max_steps", "9", None), ("defaults__train__clip", "2,0", "clip"),
+    ("backbones__vit_micro__train__lr", "fast", "not a float"),
     ("backbones__vit_micro__data", None, "coco, f30k, f8k, shapes"), ("recipes__grm", "ours", "a block"),
     ("recipes__grm__all__model__keep", 0.5, "image_keep"), ("recipes", None, "needs the blocks")])
 def test_the_file_is_checked_as_set_is(tmp_path, key, value, said):
-    """YAML reads 1e-4, without a dot, as text, and an empty block as null."""
+    """YAML reads 1e-4, without a dot, as text, and an empty block as null. What `defaults` lacks is as in the
+    project's file."""
     path = written(tmp_path, **{key: value})
     if said:
         with pytest.raises(UserError, match=said):
@@ -116,6 +126,7 @@ def test_the_file_is_checked_as_set_is(tmp_path, key, value, said):
     else:
         expected = 1e-4 if "vit_micro__train__lr" in key else 3e-3
         assert setting("train.lr", "vit_micro", path=path) == expected
+        assert setting("loss.key", "vit_micro", path=path) == 0.4
 
 
 def test_unknown_names_list_the_valid_ones(tmp_path):
@@ -194,7 +205,11 @@ def test_killed_between_two_renames_the_checkpoint_before_is_found(copied):
 
 def test_what_cannot_be_resumed_is_told(copied, tmp_path):
     assert one_line(resume(tmp_path / "none"), "error: --resume", "last.pt")
-    assert one_line(resume(copied, "model.dim=16"), "error: --resume", "do not fit")
+    settings = (copied / "config.yaml").read_bytes()
+    assert one_line(resume(copied, "model.dim=16"), "error: ", "do not fit", "--resume")
+    assert one_line(resume(copied, "train.adapter_lr=0.1"), "error: ", "do not fit", "--resume")
+    assert one_line(resume(copied, "train.batch_size=8", "train.seed=1"), "batch_size 16, train.seed 0")
+    assert (copied / "config.yaml").read_bytes() == settings           # as of the run that is there
     (copied / "last.prev.pt").unlink()
     shutil.copy(copied / "best.pt", copied / "last.pt")
     assert one_line(resume(copied), "last.pt' cannot be resumed")
@@ -202,8 +217,20 @@ def test_what_cannot_be_resumed_is_told(copied, tmp_path):
 
 def test_a_run_is_not_resumed_with_another_recipe(copied):
     before = (copied / "last.pt").read_bytes()
-    assert one_line(resume(copied, recipe="paper"), "error: --resume", "--recipe grm", "not paper")
+    assert one_line(resume(copied, recipe="paper"), "error: --resume", "trained with recipe grm")
     assert (copied / "last.pt").read_bytes() == before
+
+
+def test_a_run_goes_on_where_last_alone_was_copied(copied):
+    for sets, step in ((["train.max_steps=2"], 2), ([], 3)):               # finished, and to be gone on with
+        (copied / "best.pt").unlink()
+        assert resume(copied, *sets) is None and runs.load_checkpoint(copied / "best.pt")["step"] == step
+
+
+def test_a_figure_has_a_machine_also_where_there_is_no_git(monkeypatch):
+    assert runs.provenance()["machine"]
+    monkeypatch.setenv("PATH", "")
+    assert runs.provenance()["commit"] is None and runs.provenance()["machine"]
 
 
 @pytest.mark.parametrize("content", ["text", "pickle", "torch", "other", "cut"])

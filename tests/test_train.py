@@ -264,6 +264,29 @@ def test_without_a_test_part_the_table_is_of_the_validation_split(tmp_path, caps
     assert failure.startswith("error: data set 'shapes' has no split of part 'train'")
 
 
+def test_validation_images_may_be_those_of_another_data_set(tmp_path):
+    sets = ["datasets.shapes.splits={shapes: {part: test}, shapes_train: {part: train}}", "train.max_steps=1",
+            "datasets.other={kind: shapes, size: 64, seed: 1, scenes: {val: 24}}", "data.val_split=other_val"]
+    assert micro(tmp_path, sets=sets) is None
+    assert "other_val" in [record.get("val_split") for record in records(tmp_path)]
+
+
+def test_a_run_starts_from_the_weights_of_another(run_folder, tmp_path):
+    """At no rate it keeps its weights and its words, whatever the captions; resumed, it does not need it."""
+    start = shutil.copy(run_folder / "best.pt", tmp_path / "start.pt")
+    sets = [f"train.init={start}", "datasets.shapes.seed=5", "image.pretrained=true", "train.lr=1e-30"]
+    failure = micro(tmp_path / "wide", sets=[*sets, "model.dim=64"])
+    assert failure.startswith("error: the settings do not fit the checkpoint") and "\n" not in failure
+    assert micro(tmp_path / "run", sets=[*sets, "train.max_steps=2"]) is None
+    one, other = (runs.load_checkpoint(path) for path in (start, tmp_path / "run" / "best.pt"))
+    assert one["tokenizer"] == other["tokenizer"] and other["config"]["train"]["init"] == str(start)
+    assert all(torch.equal(one["model"][name], weight) for name, weight in other["model"].items())
+    start.unlink()
+    assert micro(tmp_path / "run", "--resume", sets=[*sets, "train.max_steps=3"]) is None
+    failure = micro(tmp_path / "none", sets=sets)
+    assert failure.startswith(f"error: no such checkpoint: '{start}'") and not (tmp_path / "none").exists()
+
+
 @pytest.mark.parametrize("out", ["file", "file/below", "."])
 def test_a_run_folder_that_cannot_be_made_is_one_line(tmp_path, monkeypatch, out):
     monkeypatch.chdir(tmp_path)
