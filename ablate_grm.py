@@ -146,10 +146,8 @@ class Job:
         split, levels, grounding = self.done()
         if not levels or self.args.grounding and not grounding:
             return None
-        # The median, because the machine may have been busy for a while.
-        rates = [record["images_per_s"] for record in self.records() if "images_per_s" in record]
-        return {"rSum": levels["combined"]["rsum"], "speed": statistics.median(rates) if rates else None,
-                "split": split, "evidence": evidence(grounding) if self.args.grounding else {}}
+        return {"rSum": levels["combined"]["rsum"], "split": split,
+                "evidence": evidence(grounding) if self.args.grounding else {}}
 
     def command(self) -> list[str]:
         """What is to be done next: train, from the start or from last.pt; evaluate another split; ground."""
@@ -263,15 +261,13 @@ def summarise(results: dict[str, dict[int, dict]]) -> tuple[list[str], list[dict
     more = {name: None for found in results.values() for run in found.values() for name in run["evidence"]}
     rows, full = [], results.get("full", {})
     for variant, seeds in results.items():
-        pairs = [(seeds[seed], full[seed]) for seed in seeds if seed in full and variant != "full"]
-        times = [base["speed"] / run["speed"] for run, base in pairs if base["speed"] and run["speed"]]
+        paired = seeds.keys() & full.keys() if variant != "full" else ()
         values = {"seeds": len(seeds), "rSum": [run["rSum"] for run in seeds.values()],
-                  "difference": interval([run["rSum"] - base["rSum"] for run, base in pairs]),
-                  "time": statistics.mean(times) if times else None}
+                  "difference": interval([seeds[seed]["rSum"] - full[seed]["rSum"] for seed in paired])}
         for name in more:
             values[name] = [run["evidence"][name] for run in seeds.values() if name in run["evidence"]]
         rows.append({"name": variant, "values": values})
-    return ["seeds", "rSum", "difference", "time", *more], rows
+    return ["seeds", "rSum", "difference", *more], rows
 
 
 # ---- the tables: results/*.json and RESULTS.md -------------------------------------------------------------

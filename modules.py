@@ -348,10 +348,9 @@ class GRM(nn.Module):
 
 
 def build_grm(config: dict, vocab_size: int, pad_id: int, encoder_config: dict | None = None,
-              pretrained: bool = True) -> GRM:
-    """The model of a configuration. pretrained=False loads nothing, for a checkpoint's weights to follow."""
+              pretrained: bool = True, tried: bool = False) -> GRM:
+    """The model of a configuration. pretrained=False: without weights; tried: known to take its images."""
     image, text, joint = config["image"], config["text"], config["model"].get("joint", False)
-    tried = bool(encoder_config)
     image_encoder = build_image_encoder(image, pretrained and image["pretrained"], tried, joint)
     text_encoder = build_text_encoder(text, pretrained and text["pretrained"], vocab_size, pad_id,
                                       encoder_config, joint)
@@ -366,13 +365,9 @@ def build_grm(config: dict, vocab_size: int, pad_id: int, encoder_config: dict |
 
 @torch.no_grad()
 def diagnostics(image: ImageFeatures, text: TextFeatures) -> dict[str, Tensor]:
-    """What tells a working method from a collapsed one: the masks' mean and deviation, mean cosine between
-    an image's region means (1: all are the same), the regions' signal-to-noise |mu|^2 / E|u - mu|^2."""
+    """What tells a collapsed method: the masks' mean and deviation, the mean cosine of two regions' means."""
     words = text.mask[text.valid]
-    unit = F.normalize(image.means.float(), dim=-1)
-    K = unit.shape[1]
+    unit, K = F.normalize(image.means.float(), dim=-1), image.means.shape[1]
     cosine = ((unit @ unit.transpose(1, 2)).sum((1, 2)) - K) / max(K * (K - 1), 1)               # (B,)
-    noise = image.log_var.exp().sum(-1) * image.attention.square().sum(1)                        # (B, K)
     return {"image_mask_mean": image.mask.mean(), "image_mask_std": image.mask.std(),
-            "text_mask_mean": words.mean(), "text_mask_std": words.std(), "region_cosine": cosine.mean(),
-            "region_snr": (image.means.square().sum(-1) / noise).mean()}
+            "text_mask_mean": words.mean(), "text_mask_std": words.std(), "region_cosine": cosine.mean()}

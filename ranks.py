@@ -70,6 +70,7 @@ class SharedRun:
 
     # ---- files and messages are rank 0's -------------------------------------------------------------------
     def prepare_folder(self, last):
+        dist.barrier()                              # all have read what the folder holds
         if self.rank == 0:
             super().prepare_folder(last)
         else:
@@ -80,10 +81,6 @@ class SharedRun:
         if self.rank == 0:
             super().save(*args)
         dist.barrier()
-
-    def load_best(self):
-        dist.barrier()
-        return super().load_best()
 
     def test(self):
         super().test()

@@ -52,7 +52,8 @@ def load_config(path: str, backbone: str, recipe: str | None = None, dataset: st
     <- the recipe, by default the backbone's <- --set. UserError for one that does not exist or cannot be."""
     blocks = read_blocks(path, ["defaults", "recipes", "backbones", "datasets"])
     shipped = read_blocks(Path(__file__).with_name("configs.yaml"), ["defaults"])["defaults"]
-    defaults = {section: {key: fitting(value, None, key) for key, value in shipped[section].items()}
+    defaults = {section: {key: fitting(value, None, key) for key, value in
+                          settings(shipped.get(section), f"defaults.{section}").items()}
                 for section in SECTIONS}
     special = dict(settings(named(blocks, "backbones", backbone), f"backbones.{backbone}"))
     recipe = recipe or special.get("recipe")
@@ -145,7 +146,12 @@ def set_key(config: dict, item: str):
 
 def check(config: dict, defaults: dict):
     """Values that no run can use, told before anything is read."""
-    get = flat(config).__getitem__
+    found = flat(config)
+
+    def get(key):
+        require(key in found, f"{key} is missing: the block `defaults` of configs.yaml must have it")
+        return found[key]
+
     for key, default in flat(defaults).items():
         may = default is None or key == "text.name"
         require(get(key) is not None or may, f"{key} is null; it must have a value, as {default!r}")
@@ -189,7 +195,7 @@ def make_folder(out: Path, config: dict, resume: bool) -> Path | None:
     """Makes the folder of a run. An earlier run in it is renamed, unless it is resumed -> its new name."""
     kept = None
     try:
-        earlier = (out / "metrics.jsonl").exists()
+        earlier = any((out / name).exists() for name in ("metrics.jsonl", "last.pt", "best.pt"))
         if earlier:
             hold(out)
         if earlier and not resume:
@@ -265,7 +271,7 @@ def model_from_checkpoint(checkpoint: dict):
     try:
         rows, pad_id = encoders.rows_needed(tokenizer), tokenizer.pad_token_id
         model = modules.build_grm(checkpoint["config"], rows, pad_id, checkpoint["text_config"],
-                                  pretrained=False)
+                                  pretrained=False, tried=True)
         model.load_state_dict(checkpoint["model"])
     except (KeyError, TypeError) as error:
         raise UserError(f"the checkpoint is of another version of this code ({one_line(error)}): train again "

@@ -69,14 +69,18 @@ class Run:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
         self.load_data()
-        last, init = runs.load_last(out) if resume else None, config["train"]["init"]
-        if last:
-            old, new = runs.flat(last["config"]), runs.flat(config)
-            fixed = "recipe data.name data.epoch data.val_split train.batch_size train.seed".split()
-            changed = ", ".join(f"{key} {old.get(key)}" for key in fixed if old.get(key) != new[key])
-            require(not changed, f"--resume: '{out}' was trained with {changed}: repeat its command, or "
-                                 "choose another --out")
-        self.build_model(last or init and runs.load_checkpoint(runs.find_checkpoint(init)))
+        init = config["train"]["init"]
+        self.origin = out if resume else init and runs.find_checkpoint(init)
+        last = runs.load_last(out) if resume else None
+        start = last or self.origin and runs.load_checkpoint(self.origin)
+        if start:
+            old, new = runs.flat(start["config"]), runs.flat(config)
+            fixed = "recipe train.init data.name data.epoch data.val_split train.batch_size train.seed"
+            fixed = fixed.split() if last else ["image.name", "text.name"]
+            changed = [f"{key}={json.dumps(old.get(key))}" for key in fixed if old.get(key) != new[key]]
+            require(not changed, f"'{self.origin}' was trained with {', '.join(changed)}: repeat that, or "
+                                 "train without --resume and train.init")
+        self.build_model(start)
         self.build_loader()
         if last:
             self.restore(last)
@@ -282,8 +286,8 @@ class Run:
         try:
             part.load_state_dict(state)
         except (RuntimeError, ValueError) as error:
-            raise UserError(f"the settings do not fit the checkpoint ({one_line(error)}): repeat those of "
-                            "its run, or train without --resume and train.init") from None
+            raise UserError(f"the settings do not fit '{self.origin}' ({one_line(error)}): repeat its own, "
+                            "or train without --resume and train.init") from None
 
     def restore(self, last: dict):
         rates = [(group["peak"], group["weight_decay"]) for group in self.optimizer.param_groups]
@@ -323,7 +327,8 @@ class Run:
         pairs = eval_grm.describe(config["data"]["name"], self.train_split)
         self.say(f"{config['backbone']}, recipe {config['recipe']}, {parameters / 1e6:.1f} M parameters; "
                  f"{pairs}; {self.total_steps:,} steps of {config['train']['batch_size']} on {self.ranks} x "
-                 f"{self.device.type}; run folder {self.out}")
+                 f"{self.device.type}; run folder {self.out}"
+                 + (f"; from {self.origin}" if self.origin else ""))
 
     def log(self, record: dict):
         self.metrics.write(json.dumps({"step": self.step} | record).encode() + b"\n")

@@ -35,7 +35,7 @@ def test_a_step_with_and_without_its_encoders_are_rows_of_a_table(capsys):
     figures = {row["name"]: row["values"] for row in report.rows}
     step = {name.split(": ")[2]: values for name, values in figures.items() if name.startswith("step")}
     assert list(step) == ["step, ms", "not encoders, ms", "micro_batch 4, ms"]
-    assert step["step, ms"]["ratio"] == 1 and step["not encoders, ms"]["ratio"] > 0
+    assert step["step, ms"]["ratio"] == 1
     assert all(values["figure"] > 0 for values in figures.values())
     assert figures["similarity: 4 x 5 x 8 x 16: GEMM, pairs/s"]["ratio"] == 1
     assert json.loads(json.dumps(report.rows)) == report.rows

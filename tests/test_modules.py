@@ -331,5 +331,4 @@ def test_diagnostics_tell_collapsed_regions_from_distinct_ones():
     same, apart = figures(torch.ones(2, 3, 8)), figures(torch.eye(8)[:3].expand(2, 3, 8))
     assert same["region_cosine"].item() == pytest.approx(1)
     assert apart["region_cosine"].item() == pytest.approx(0, abs=1e-6)
-    assert apart["region_snr"].item() == pytest.approx(6)      # |mu|^2 = 1, noise d * 1/d * 6 * (1/6)^2 = 1/6
     assert apart["text_mask_mean"].item() == pytest.approx(0.5)

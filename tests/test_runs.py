@@ -206,9 +206,11 @@ def test_killed_between_two_renames_the_checkpoint_before_is_found(copied):
 def test_what_cannot_be_resumed_is_told(copied, tmp_path):
     assert one_line(resume(tmp_path / "none"), "error: --resume", "last.pt")
     settings = (copied / "config.yaml").read_bytes()
-    assert one_line(resume(copied, "model.dim=16"), "error: ", "do not fit", "--resume")
-    assert one_line(resume(copied, "train.adapter_lr=0.1"), "error: ", "do not fit", "--resume")
-    assert one_line(resume(copied, "train.batch_size=8", "train.seed=1"), "batch_size 16, train.seed 0")
+    for changed in "model.dim=16", "train.adapter_lr=0.1":
+        assert one_line(resume(copied, changed), f"error: the settings do not fit '{copied}'")
+    changed = "train.batch_size=8", "train.seed=1", "data.val_split=shapes", "train.init=x.pt"
+    assert one_line(resume(copied, *changed), f"error: '{copied}' was trained with train.init=null, "
+                    "data.val_split=null, train.batch_size=16, train.seed=0: ")
     assert (copied / "config.yaml").read_bytes() == settings           # as of the run that is there
     (copied / "last.prev.pt").unlink()
     shutil.copy(copied / "best.pt", copied / "last.pt")
@@ -217,8 +219,17 @@ def test_what_cannot_be_resumed_is_told(copied, tmp_path):
 
 def test_a_run_is_not_resumed_with_another_recipe(copied):
     before = (copied / "last.pt").read_bytes()
-    assert one_line(resume(copied, recipe="paper"), "error: --resume", "trained with recipe grm")
+    assert one_line(resume(copied, recipe="paper"), "error: ", "was trained with recipe=\"grm\": repeat")
     assert (copied / "last.pt").read_bytes() == before
+
+
+def test_last_alone_is_not_overwritten(run_folder, tmp_path):
+    (tmp_path / "run").mkdir()
+    shutil.copy(run_folder / "last.pt", tmp_path / "run")
+    assert run_train("--backbone", "vit_micro", "--out", tmp_path / "run", "--set", *TINY,
+                     "train.max_steps=1") is None
+    kept = tmp_path / "run.1" / "last.pt"
+    assert kept.read_bytes() == (run_folder / "last.pt").read_bytes()
 
 
 def test_a_run_goes_on_where_last_alone_was_copied(copied):

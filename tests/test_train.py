@@ -233,8 +233,8 @@ def test_a_run_leaves_what_it_should(tmp_path, capsys):
     assert sorted(path.name for path in out.iterdir()) == files
     step = records(out)[0]
     assert {"loss", "lr", "images_per_s", "loss_ori", "loss_key", "loss_unc", "loss_consistency", "loss_kl",
-            "loss_entropy", "image_mask_mean", "image_mask_std", "text_mask_std", "region_cosine",
-            "region_snr"} <= step.keys()
+            "loss_entropy", "image_mask_mean", "image_mask_std", "text_mask_std",
+            "region_cosine"} <= step.keys()
     assert any("val_rsum" in r for r in records(out)) and "test" in records(out)[-1]
     assert yaml.safe_load((out / "config.yaml").read_text())["model"]["dim"] == 32
     # A second run in the same place does not destroy the first.
@@ -275,8 +275,10 @@ def test_a_run_starts_from_the_weights_of_another(run_folder, tmp_path):
     """At no rate it keeps its weights and its words, whatever the captions; resumed, it does not need it."""
     start = shutil.copy(run_folder / "best.pt", tmp_path / "start.pt")
     sets = [f"train.init={start}", "datasets.shapes.seed=5", "image.pretrained=true", "train.lr=1e-30"]
-    failure = micro(tmp_path / "wide", sets=[*sets, "model.dim=64"])
-    assert failure.startswith("error: the settings do not fit the checkpoint") and "\n" not in failure
+    for more, said in (("image.size=70", "image encoder"), ("model.dim=64", "the settings do not fit"),
+                       ("text.name=bert", f"'{start}' was trained with text.name=null: repeat")):
+        failure = micro(tmp_path / "other", sets=[*sets, more])
+        assert failure.startswith(f"error: {said}") and "\n" not in failure
     assert micro(tmp_path / "run", sets=[*sets, "train.max_steps=2"]) is None
     one, other = (runs.load_checkpoint(path) for path in (start, tmp_path / "run" / "best.pt"))
     assert one["tokenizer"] == other["tokenizer"] and other["config"]["train"]["init"] == str(start)
