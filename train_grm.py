@@ -75,6 +75,7 @@ class Run:
         start = last or self.origin and runs.load_checkpoint(self.origin)
         if start:
             old, new = runs.flat(start["config"]), runs.flat(config)
+            # Under other values, the steps that are done, or the tokeniser, would mean something else.
             fixed = "recipe train.init data.name data.epoch data.val_split train.batch_size train.seed"
             fixed = fixed.split() if last else ["image.name", "text.name"]
             changed = [f"{key}={json.dumps(old.get(key))}" for key in fixed if old.get(key) != new[key]]
