@@ -73,22 +73,18 @@ class EachAlone(nn.Module):
 def build_image_encoder(config: dict, pretrained: bool, tried=False, joint=False) -> ImageEncoder:
     """The encoder of the configuration's `image` block. UserError for a model that timm does not know or
     cannot build and, unless that was tried before, for one whose features are no patches."""
-    size, name = config["size"], config["name"].removeprefix("hf-hub:").removeprefix("timm/")
+    sizes = {key: config[key] for key in ("size", "eval_size") if config.get(key)}
+    name = config["name"].removeprefix("hf-hub:").removeprefix("timm/")
     tagged = timm.list_models(f"{name.split('/')[-1].split('.')[0]}.*", include_tags=True)
     if not timm.is_model(name) or "." in name and name not in tagged:
         near = difflib.get_close_matches(name, tagged or timm.list_models(), 5, 0.3)
         raise UserError(f"image.name: timm has no model '{name}'; close: {', '.join(near) or 'none'}")
-    options = {"img_size": size} | ({} if joint else {"num_classes": 0}) | (config["options"] or {})
+    options = ({} if joint else {"num_classes": 0}) | (config["options"] or {})
     try:
-        try:
-            model = timm.create_model(name, **options)
-        except TypeError as error:                              # CNNs take any size and have no such argument
-            if "img_size" not in str(error):
-                raise
-            del options["img_size"]
-            model = timm.create_model(name, **options)
+        model, options = _sized_model(name, options, set(sizes.values()), config["size"])
         if not tried:
-            _try_images(model, name, size)
+            for key, size in sizes.items():
+                _try_images(model, name, key, size)
         if pretrained:
             weights = config["weights"] or _timm_weights(name, model.pretrained_cfg)
             require(os.path.isfile(weights), f"image.weights: no such file '{weights}'")
@@ -100,20 +96,32 @@ def build_image_encoder(config: dict, pretrained: bool, tried=False, joint=False
     except UserError:
         raise
     except Exception as error:                                    # timm raises whatever its model code raises
-        raise UserError(f"image encoder '{name}' at {size} px cannot be built: {one_line(error)}") from error
+        raise UserError(f"image encoder '{name}' at {config['size']} px cannot be built: {one_line(error)}"
+                        ) from error
     statistics = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     if config["statistics"] == "model":
         statistics = tuple(model.pretrained_cfg["mean"]), tuple(model.pretrained_cfg["std"])
     return ImageEncoder(model, statistics)
 
 
+def _sized_model(name: str, options: dict, sizes: set, size: int) -> tuple[nn.Module, dict]:
+    """-> a timm model for images of these sizes whose weights are of `size`, the options that it took."""
+    several = [{"dynamic_img_size": True}, {"strict_img_size": False}] if len(sizes) > 1 else []   # ViT, Swin
+    for sized in [*({"img_size": size} | more for more in several), {"img_size": size}, {}]:
+        try:
+            return timm.create_model(name, **(sized | options)), sized | options
+        except TypeError as error:                              # CNNs take any size and have no such argument
+            if "img_size" not in str(error) or not sized:
+                raise
+
+
 @torch.no_grad()
-def _try_images(model: nn.Module, name: str, size: int):
+def _try_images(model: nn.Module, name: str, key: str, size: int):
     """UserError unless tokens are a square grid of patches that sees the image to its last row and column."""
     encoder, own = ImageEncoder(copy.deepcopy(model).eval(), ()), model.pretrained_cfg["input_size"][-1]
-    for key, weight in encoder.named_parameters():    # a bias can drown pixels, a weight of 0 would hide them
-        if "bias" in key or weight.abs().max() < 0.01:
-            weight.fill_(0.0 if "bias" in key else 0.1)
+    for part, weight in encoder.named_parameters():   # a bias can drown pixels, a weight of 0 would hide them
+        if "bias" in part or weight.abs().max() < 0.01:
+            weight.fill_(0.0 if "bias" in part else 0.1)
     images = torch.rand(3, size, size, generator=torch.Generator().manual_seed(0)).repeat(3, 1, 1, 1)
     images[1, :, -1] -= 1
     images[2, :, :, -1] -= 1
@@ -129,7 +137,8 @@ def _try_images(model: nn.Module, name: str, size: int):
     stride = model.feature_info[-1]["reduction"]
     advice = f"a multiple of {stride}" if size % stride else f"its own, {own}"
     require(not any(torch.equal(tokens, other) for other in moved),
-            f"image encoder '{name}' ignores the last row or column of {size} px: set image.size to {advice}")
+            f"image encoder '{name}' ignores the last row or column of {size} px: set image.{key} to "
+            + advice)
 
 
 def _timm_weights(name: str, cfg: dict) -> str:

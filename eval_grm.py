@@ -19,10 +19,11 @@ def parse_arguments(argv=None):
     parser.add_argument("--data-root", metavar="DIR", help="folder of data sets (default: as in training)")
     parser.add_argument("--batch-size", type=int, default=128, metavar="N", help="images at a time")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N images")
+    parser.add_argument("--size", type=int, metavar="PX", help="pixels of the images (default: the run's)")
     parser.add_argument("--out", metavar="DIR", help="write DIR/metrics.json")
     args = parser.parse_args(argv)
-    if args.batch_size < 1 or args.limit is not None and args.limit < 1:
-        parser.error("--batch-size and --limit must be at least 1")
+    if any(n is not None and n < 1 for n in (args.batch_size, args.limit, args.size)):
+        parser.error("--batch-size, --limit and --size must be at least 1")
     return args
 
 
@@ -103,10 +104,11 @@ def describe(name: str, split: data.Split, folds: int = 1) -> str:
 
 
 # ---- a model that scores photographs against sentences -----------------------------------------------------
-def load(path: str | Path, device: str | torch.device | None = None) -> "Matcher":
-    """The model of a checkpoint, on the GPU if there is one and no device is named."""
+def load(path: str | Path, device: str | torch.device | None = None, size: int | None = None) -> "Matcher":
+    """The model of a checkpoint, on the GPU if there is one and no device is named. size: pixels of the
+    images, for finer maps or less time; by default as its run evaluates."""
     checkpoint = runs.load_checkpoint(runs.find_checkpoint(str(path)))
-    model, tokenizer = runs.model_from_checkpoint(checkpoint)
+    model, tokenizer = runs.model_from_checkpoint(checkpoint, size)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return Matcher(model.to(device), tokenizer, checkpoint["config"], device, checkpoint.get("step"))
 
@@ -125,8 +127,8 @@ class Matcher:
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.device, self.step = device, step
         self.levels = [level for level in LEVELS if model.levels[level]] + ["combined"]
-        size, statistics = config["image"]["size"], model.image_encoder.statistics
-        self.transform = data.image_transform(size, *statistics)
+        size = config["image"].get("eval_size") or config["image"]["size"]
+        self.transform = data.image_transform(size, *model.image_encoder.statistics)
 
     def score(self, images, texts, level: str = "combined") -> Tensor:
         """How well I images (paths or PIL images) fit T sentences -> (I, T). Either may be a single one."""
@@ -238,7 +240,7 @@ def main(args):
     path = runs.find_checkpoint(args.ckpt)
     if str(path) != args.ckpt:
         print(f"checkpoint: {path}")
-    grm = load(path)
+    grm = load(path, size=args.size)
     split, _, _ = split_of(args, grm.config)
     folds = split.folds
     require(folds <= len(split), f"{split.name} is the mean of {folds} folds: take at least {folds} images")
@@ -246,8 +248,8 @@ def main(args):
     print(f"{describe(split.name, split, folds)}\n{figures_table(results)}")
     if args.out:
         report = {"checkpoint": str(path), "recipe": grm.config["recipe"], "step": grm.step,
-                  "split": split.name, "images": len(split), "captions": len(split.texts), "folds": folds,
-                  "levels": results}
+                  "split": split.name, "size": grm.transform.size, "images": len(split),
+                  "captions": len(split.texts), "folds": folds, "levels": results}
         Path(args.out).mkdir(parents=True, exist_ok=True)
         (Path(args.out) / "metrics.json").write_text(json.dumps(report, indent=1) + "\n")
 

@@ -23,10 +23,11 @@ def parse_arguments(argv=None):
     parser.add_argument("--data-root", metavar="DIR", help="folder of data sets (default: as in training)")
     parser.add_argument("--batch-size", type=int, default=128, metavar="N", help="images at a time")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N images and their captions")
+    parser.add_argument("--size", type=int, metavar="PX", help="pixels of the images (default: the run's)")
     parser.add_argument("--out", metavar="DIR", help="write DIR/grounding.json")
     args = parser.parse_args(argv)
-    if args.batch_size < 1 or args.limit is not None and args.limit < 1:
-        parser.error("--batch-size and --limit must be at least 1")
+    if any(n is not None and n < 1 for n in (args.batch_size, args.limit, args.size)):
+        parser.error("--batch-size, --limit and --size must be at least 1")
     return args
 
 
@@ -230,7 +231,7 @@ def encoded_images(matcher, split, batch_size, progress):
     for start in tqdm(starts, desc=f"{split.name}: grounding", disable=not progress, leave=False):
         rows = range(start, min(start + batch_size, len(split)))
         texts = [caption for i in rows for caption in split.captions[i]]
-        pictures = [split.load_image(i, config["image"]["size"]) for i in rows]
+        pictures = [split.load_image(i, matcher.transform.size) for i in rows]
         image, text = matcher.encode_images(pictures, batch_size), matcher.encode_texts(texts, len(texts))
         offsets = data.token_offsets(matcher.tokenizer, texts, config["text"]["max_length"])
         variance = (image.log_var.exp() / matcher.model.sampler.prior).mean(-1).numpy()
@@ -275,7 +276,8 @@ def measure(matcher, split, truths, batch_size=128, progress=True):
     cosines, opened, objects = np.array(per_image).T
     model, a, b = matcher.model, opened - opened.mean(), objects - objects.mean()
     pearson = [a @ b / math.sqrt(a @ a * (b @ b))] if a.any() and b.any() else []
-    return {"split": split.name, "images": len(split), "phrases": len(rows), "chance": mean(chance),
+    return {"split": split.name, "size": matcher.transform.size, "images": len(split),
+            "phrases": len(rows), "chance": mean(chance),
             "pointing, words": mean(by_words), "pointing, masks": mean(by_masks),
             "masks less words": bootstrap(by_masks - by_words, image_of),
             "AUC image": auc(masks["box"], masks["no box"]),
@@ -298,7 +300,7 @@ def table(report):
 
 # ---- the command line --------------------------------------------------------------------------------------
 def main(args):
-    matcher = eval_grm.load(args.ckpt)
+    matcher = eval_grm.load(args.ckpt, size=args.size)
     split, truths = with_truth(*eval_grm.split_of(args, matcher.config))
     report = measure(matcher, split, truths, args.batch_size)
     print(table(report))

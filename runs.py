@@ -24,9 +24,10 @@ from encoders import one_line
 SECTIONS = ("image", "text", "model", "loss", "augment", "data", "train")
 FREE = ("image.options", "text.options", "datasets")               # below these, --set may add keys
 LIMITS = {                                                         # what a value must be, if it is not null
-    "a whole number of at least 1": (int, lambda x: x >= 1, "image.size text.max_length model.dim "
-                                     "model.num_prompts train.epochs train.max_steps train.batch_size "
-                                     "train.micro_batch train.log_every train.val_every train.max_bad_steps"),
+    "a whole number of at least 1": (int, lambda x: x >= 1, "image.size image.eval_size text.max_length "
+                                     "model.dim model.num_prompts train.epochs train.max_steps "
+                                     "train.batch_size train.micro_batch train.log_every train.val_every "
+                                     "train.max_bad_steps"),
     "a whole number of at least 0": (int, lambda x: x >= 0, "data.workers train.seed"),
     "at least 0": (Real, lambda x: x >= 0, "loss.ramp train.warmup train.weight_decay train.save_minutes "
                                            "train.encoder_lr train.adapter_lr"),
@@ -265,13 +266,15 @@ def load_last(out: Path) -> dict:
             warnings.warn(f"{error}: going on from {found[-1].name}, the one before")
 
 
-def model_from_checkpoint(checkpoint: dict):
-    """-> GRM in evaluation mode, its tokeniser. Needs neither the hub nor pretrained weights."""
+def model_from_checkpoint(checkpoint: dict, size: int | None = None):
+    """-> GRM in evaluation mode, its tokeniser. Needs neither the hub nor pretrained weights. size: of images
+    in evaluation, if another than the run's."""
+    checkpoint["config"]["image"]["eval_size"] = size or checkpoint["config"]["image"].get("eval_size")
     tokenizer = encoders.tokenizer_from_state(checkpoint["tokenizer"])
     try:
         rows, pad_id = encoders.rows_needed(tokenizer), tokenizer.pad_token_id
         model = modules.build_grm(checkpoint["config"], rows, pad_id, checkpoint["text_config"],
-                                  pretrained=False, tried=True)
+                                  pretrained=False, tried=not size)
         model.load_state_dict(checkpoint["model"])
     except (KeyError, TypeError) as error:
         raise UserError(f"the checkpoint is of another version of this code ({one_line(error)}): train again "

@@ -75,10 +75,11 @@ class Run:
         start = last or self.origin and runs.load_checkpoint(self.origin)
         if start:
             old, new = runs.flat(start["config"]), runs.flat(config)
-            # Under other values, the steps that are done, or the tokeniser, would mean something else.
-            fixed = "recipe train.init data.name data.epoch data.val_split train.batch_size train.seed"
-            fixed = fixed.split() if last else ["image.name", "text.name"]
-            changed = [f"{key}={json.dumps(old.get(key))}" for key in fixed if old.get(key) != new[key]]
+            # Under other values, what is done, or the tokeniser, would mean something else.
+            fixed = "image.name text.name" if not last else ("recipe train.init data.name data.epoch "
+                    "data.val_split image.eval_size train.batch_size train.seed")
+            changed = [f"{key}={json.dumps(old.get(key))}" for key in fixed.split()
+                       if old.get(key) != new[key]]
             require(not changed, f"'{self.origin}' was trained with {', '.join(changed)}: repeat that, or "
                                  "train without --resume and train.init")
         self.build_model(start)

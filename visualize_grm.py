@@ -23,7 +23,7 @@ def parse_arguments(argv=None):
                         help="what to look for; of a split, images that have all of it in a caption\n"
                              "(default: the three content words of highest mask)")
     parser.add_argument("--regions", action="store_true", help="also draw the attention of each region")
-    parser.add_argument("--size", type=int, metavar="PX", help="encode images at this size, for finer maps")
+    parser.add_argument("--size", type=int, metavar="PX", help="pixels of the encoded images, for finer maps")
     parser.add_argument("--data-root", metavar="DIR", help="folder of data sets (default: as in training)")
     parser.add_argument("--out", required=True, metavar="FILE", help="picture to write, as sheet.png")
     args = parser.parse_args(argv)
@@ -43,7 +43,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 import data
@@ -118,20 +117,6 @@ def explain(matcher, picture, caption, words=(), with_regions=False):
             note = f", variance {variance[k]:.2f}" if matcher.model.sampler.sample else ""
             row.regions.append((f"region {k + 1}{note}", scaled(image.attention[0, places, k].numpy(), 0)))
     return row
-
-
-def resize(matcher, size):
-    """Makes the matcher encode images of this size; position embeddings are resampled where there are any."""
-    encoder = matcher.model.image_encoder
-    try:
-        if hasattr(encoder.timm, "set_input_size"):                         # CNNs have none and take any size
-            encoder.timm.set_input_size(img_size=size)
-        with torch.no_grad():
-            encoder(torch.zeros(1, 3, size, size, device=matcher.device))
-    except Exception as error:                                              # timm raises any type
-        raise data.UserError(f"--size {size}: the encoder cannot take it ({one_line(error)})") from None
-    matcher.config["image"]["size"] = size
-    matcher.transform = data.image_transform(size, *encoder.statistics)
 
 
 # ---- drawing -----------------------------------------------------------------------------------------------
@@ -234,10 +219,8 @@ def examples(args, config):
 
 
 def main(args):
-    matcher = eval_grm.load(args.ckpt)
+    matcher = eval_grm.load(args.ckpt, size=args.size)
     pairs = examples(args, matcher.config)
-    if args.size:
-        resize(matcher, args.size)
     sheet = draw([explain(matcher, *pair, args.words or (), args.regions) for pair in pairs])
     try:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import run_eval
+from conftest import TINY, run_eval, run_train
 from PIL import Image
 
 import data
@@ -15,6 +15,7 @@ from eval_grm import recall_at_k
 from modules import ImageFeatures, TextFeatures
 
 LEVELS = ["ori", "key", "unc", "combined"]
+SQUARE = Image.fromarray(np.random.default_rng(0).integers(256, size=(90, 90, 3), dtype=np.uint8))
 
 
 # ---- the figures -------------------------------------------------------------------------------------------
@@ -183,7 +184,7 @@ def test_evaluation_prints_every_level_and_writes_metrics(run_folder, grm, tmp_p
     expected = grm.evaluate(data.load_split("shapes", grm.config["datasets"], ""), progress=False)
     assert report.pop("levels") == expected and list(expected) == LEVELS
     assert report == {"checkpoint": str(run_folder / "best.pt"), "recipe": "grm", "step": 2,
-                      "split": "shapes", "images": 32, "captions": 160, "folds": 1}
+                      "split": "shapes", "size": 64, "images": 32, "captions": 160, "folds": 1}
     assert set(expected["combined"]) == {f"{way}_{key}" for way in ("i2t", "t2i")
                                          for key in ("r1", "r5", "r10")} | {"rsum"}
 
@@ -195,6 +196,27 @@ def test_limit_and_slices_take_some_images_and_their_captions(run_folder, tmp_pa
     assert report["images"] == 10 and report["captions"] == 50
     run_eval(*command, "--split", "shapes_val[20:]")
     assert "shapes_val[20:]: 4 images, 20 captions" in capsys.readouterr().out
+
+
+def test_images_are_evaluated_at_the_size_that_the_run_or_the_reader_says(run_folder, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run_train("--backbone", "vit_micro", "--out", out, "--set", *TINY, "train.max_steps=2",
+                     "image.eval_size=96") is None
+    printed = capsys.readouterr().out
+    grm, same, small = (eval_grm.load(out / "best.pt", size=size) for size in (None, 96, 64))
+    assert [x.encode_images(SQUARE).mask.shape[1] for x in (grm, same, small)] == [36, 36, 16]
+    assert torch.equal(grm.encode_images(SQUARE).tokens, same.encode_images(SQUARE).tokens)
+    # The weights are those of the training size, at which nothing is resampled.
+    untouched = eval_grm.load(run_folder / "best.pt")
+    assert torch.equal(small.encode_images(SQUARE).tokens, untouched.encode_images(SQUARE).tokens)
+    for size in (64, 96):
+        run_eval("--ckpt", out / "best.pt", "--size", size, "--out", tmp_path / f"{size}")
+        report = json.loads((tmp_path / f"{size}" / "metrics.json").read_text())
+        assert report["size"] == size
+        said = eval_grm.figures_table(report["levels"])
+        assert (said in printed) == (size == 96)                # training ends with the figures of eval_size
+    with pytest.raises(UserError, match="cannot encode 72 px .*divisible by patch size .16"):
+        eval_grm.load(out / "best.pt", size=72)
 
 
 def test_a_bare_name_means_the_newest_run(run_folder, tmp_path, monkeypatch, capsys):

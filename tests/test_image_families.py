@@ -37,9 +37,10 @@ MORE_FAMILIES = [
     ("test_byobnet", 160, {}, 0, 5, 0.485)]
 
 
-def image_encoder(name, size, options):
+def image_encoder(name, size, options, eval_size=None):
     torch.manual_seed(0)
-    config = {"name": name, "size": size, "options": options, "weights": None, "statistics": "model"}
+    config = {"name": name, "size": size, "eval_size": eval_size, "options": options, "weights": None,
+              "statistics": "model"}
     return encoders.build_image_encoder(config, pretrained=False).eval()
 
 
@@ -59,6 +60,27 @@ def test_the_token_that_moves_most_is_the_patch_that_changes(name, size, options
     moved = (tokens[1:] - tokens[0]).norm(dim=-1)[:, classes:].argmax(1)
     assert moved.tolist() == [side - 1, side * (side - 1)]
     assert encoder.statistics[0][0] == red and encoder.statistics[1] == timm.get_pretrained_cfg(name).std
+
+
+@pytest.mark.parametrize("name, size, other, options, classes, side", [
+    ("vit_tiny_patch16_224", 112, 176, {"depth": 1}, 1, 11),
+    ("vit_base_patch16_siglip_224", 64, 96, SMALL, 0, 6),
+    ("swin_tiny_patch4_window7_224", 224, 320, STAGES | {"embed_dim": 24}, 0, 10),
+    ("swinv2_tiny_window8_256", 128, 192, STAGES, 0, 6),
+    ("eva02_tiny_patch14_224", 56, 84, {"depth": 1}, 1, 6),
+    ("resnet10t", 64, 96, MICRO, 0, 12)])
+def test_another_size_in_evaluation_changes_nothing_at_the_own(name, size, other, options, classes, side):
+    plain, both = image_encoder(name, size, options), image_encoder(name, size, options, other)
+    both.load_state_dict(plain.state_dict())
+    images, large = torch.randn(1, 3, size, size), torch.randn(1, 3, other, other).repeat(2, 1, 1, 1)
+    large[1, :, :other // side, -(other // side):] += 3                                  # upper right corner
+    with torch.no_grad():
+        assert torch.equal(plain(images), both(images))
+        tokens = both(large)
+    assert tokens.shape == (2, classes + side ** 2, plain.width)
+    assert (tokens[1] - tokens[0]).norm(dim=-1)[classes:].argmax() == side - 1
+    assert {key: x.shape for key, x in both.state_dict().items()} == {
+        key: x.shape for key, x in plain.state_dict().items()}
 
 
 @pytest.mark.parametrize("name, size, said", [

@@ -208,9 +208,10 @@ def test_what_cannot_be_resumed_is_told(copied, tmp_path):
     settings = (copied / "config.yaml").read_bytes()
     for changed in "model.dim=16", "train.adapter_lr=0.1":
         assert one_line(resume(copied, changed), f"error: the settings do not fit '{copied}'")
-    changed = "train.batch_size=8", "train.seed=1", "data.val_split=shapes", "train.init=x.pt"
+    changed = ("train.batch_size=8", "train.seed=1", "data.val_split=shapes", "train.init=x.pt",
+               "image.eval_size=96")
     assert one_line(resume(copied, *changed), f"error: '{copied}' was trained with train.init=null, "
-                    "data.val_split=null, train.batch_size=16, train.seed=0: ")
+                    "data.val_split=null, image.eval_size=null, train.batch_size=16, train.seed=0: ")
     assert (copied / "config.yaml").read_bytes() == settings           # as of the run that is there
     (copied / "last.prev.pt").unlink()
     shutil.copy(copied / "best.pt", copied / "last.pt")

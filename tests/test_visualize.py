@@ -64,14 +64,6 @@ def test_words_are_found_whole_and_in_any_case():
     assert find_word("a small red circle", "red circle") == (8, 18)
 
 
-def test_another_size_gives_a_finer_grid_and_the_same_size_changes_nothing(matcher, picture):
-    before = explain(matcher, picture, CAPTION).words[0][1]
-    visualize_grm.resize(matcher, 64)
-    np.testing.assert_array_equal(explain(matcher, picture, CAPTION).words[0][1], before)
-    visualize_grm.resize(matcher, 128)
-    assert before.shape == (4, 4) and explain(matcher, picture, CAPTION).words[0][1].shape == (8, 8)
-
-
 # ---- what is drawn -----------------------------------------------------------------------------------------
 def test_colours_run_evenly_from_dark_to_light():
     light = colours(np.linspace(0, 1, 50), HEAT) @ [0.299, 0.587, 0.114]
@@ -166,7 +158,7 @@ def test_pictures_are_of_the_test_split_of_the_runs_own_data_set(tiny_config):
 @pytest.mark.parametrize("argv, said", [
     (["--image", "nowhere.png", "--caption", "a circle"], "nowhere.png"), (["--words", "giraffe"], "giraffe"),
     (["--split", "shape"], "shapes_val"), (["--image", "mine.png", "--caption", " "], "no word"),
-    (["--size", "7"], "--size 7"), (["--out", "sheet.xyz"], "sheet.xyz"),
+    (["--size", "7"], "7 px"), (["--out", "sheet.xyz"], "sheet.xyz"),
     (["--image", "mine.png", "--caption", "and " * 70 + "star", "--words", "star"], "64 tokens")])
 def test_what_cannot_be_drawn_is_one_line(argv, said, visualize):
     with pytest.raises(data.UserError) as error:
