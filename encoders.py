@@ -73,7 +73,7 @@ class EachAlone(nn.Module):
 def build_image_encoder(config: dict, pretrained: bool, tried=False, joint=False) -> ImageEncoder:
     """The encoder of the configuration's `image` block. UserError for a model that timm does not know or
     cannot build and, unless that was tried before, for one whose features are no patches."""
-    sizes = {key: config[key] for key in ("size", "eval_size") if config.get(key)}
+    sizes = {key: config[key] for key in ("size", "eval_size") if config.get(key) is not None}
     name = config["name"].removeprefix("hf-hub:").removeprefix("timm/")
     tagged = timm.list_models(f"{name.split('/')[-1].split('.')[0]}.*", include_tags=True)
     if not timm.is_model(name) or "." in name and name not in tagged:
@@ -81,7 +81,7 @@ def build_image_encoder(config: dict, pretrained: bool, tried=False, joint=False
         raise UserError(f"image.name: timm has no model '{name}'; close: {', '.join(near) or 'none'}")
     options = ({} if joint else {"num_classes": 0}) | (config["options"] or {})
     try:
-        model, options = _sized_model(name, options, set(sizes.values()), config["size"])
+        model, options = _sized_model(name, options, *sizes.values())
         if not tried:
             for key, size in sizes.items():
                 _try_images(model, name, key, size)
@@ -96,18 +96,17 @@ def build_image_encoder(config: dict, pretrained: bool, tried=False, joint=False
     except UserError:
         raise
     except Exception as error:                                    # timm raises whatever its model code raises
-        raise UserError(f"image encoder '{name}' at {config['size']} px cannot be built: {one_line(error)}"
-                        ) from error
+        raise UserError(f"image encoder '{name}' cannot be built: {one_line(error)}") from error
     statistics = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     if config["statistics"] == "model":
         statistics = tuple(model.pretrained_cfg["mean"]), tuple(model.pretrained_cfg["std"])
     return ImageEncoder(model, statistics)
 
 
-def _sized_model(name: str, options: dict, sizes: set, size: int) -> tuple[nn.Module, dict]:
-    """-> a timm model for images of these sizes whose weights are of `size`, the options that it took."""
-    several = [{"dynamic_img_size": True}, {"strict_img_size": False}] if len(sizes) > 1 else []   # ViT, Swin
-    for sized in [*({"img_size": size} | more for more in several), {"img_size": size}, {}]:
+def _sized_model(name: str, options: dict, size: int, *others: int) -> tuple[nn.Module, dict]:
+    """-> a timm model with weights for images of `size` that takes the others too, and its options."""
+    several = [{"img_size": size, "dynamic_img_size": True}] if {*others} - {size} else []
+    for sized in [*several, {"img_size": size}, {}]:
         try:
             return timm.create_model(name, **(sized | options)), sized | options
         except TypeError as error:                              # CNNs take any size and have no such argument
@@ -128,17 +127,17 @@ def _try_images(model: nn.Module, name: str, key: str, size: int):
     try:
         tokens, *moved = [encoder(image[None]) for image in images]            # alone: the same rounding
     except Exception as error:
-        raise UserError(f"image encoder '{name}' cannot encode {size} px (its own size is {own}): "
-                        f"{one_line(error)}") from error
+        raise UserError(f"image encoder '{name}' cannot encode {size} px as image.{key} (its own size is "
+                        f"{own}): {one_line(error)}") from error
     shape = tokens.shape if isinstance(tokens, Tensor) and tokens.ndim == 3 else (0, 0, 0)
     patches = shape[1] - encoder.class_tokens
     require(patches > 1 and math.isqrt(patches) ** 2 == patches and shape[2] == encoder.width,
-            f"image encoder '{name}' gives no square grid of patches at {size} px: choose another image.name")
+            f"image encoder '{name}' gives no square grid of patches at {size} px: choose another image.name "
+            f"or image.{key}")
     stride = model.feature_info[-1]["reduction"]
     advice = f"a multiple of {stride}" if size % stride else f"its own, {own}"
     require(not any(torch.equal(tokens, other) for other in moved),
-            f"image encoder '{name}' ignores the last row or column of {size} px: set image.{key} to "
-            + advice)
+            f"'{name}' ignores the last row or column of {size} px: set image.{key} to {advice}")
 
 
 def _timm_weights(name: str, cfg: dict) -> str:

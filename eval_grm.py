@@ -245,7 +245,7 @@ def main(args):
     folds = split.folds
     require(folds <= len(split), f"{split.name} is the mean of {folds} folds: take at least {folds} images")
     results = grm.evaluate(split, folds, args.batch_size)
-    print(f"{describe(split.name, split, folds)}\n{figures_table(results)}")
+    print(f"{describe(split.name, split, folds)}, {grm.transform.size} px\n{figures_table(results)}")
     if args.out:
         report = {"checkpoint": str(path), "recipe": grm.config["recipe"], "step": grm.step,
                   "split": split.name, "size": grm.transform.size, "images": len(split),

@@ -9,7 +9,7 @@ from modules import GRM
 
 def compile_encoders(model: GRM, **options):
     """Passes the layers that the encoders repeat through torch.compile, which then compiles one of each kind:
-    of the whole it would take minutes. Images have one size, captions many."""
+    of the whole it would take minutes. Images have one size, or another in evaluation, captions many."""
     torch._dynamo.config.recompile_limit = 64                      # Swin has many kinds of layers
     _compile_layers(model.image_encoder, dynamic=False, **options)
     _compile_layers(model.text_encoder, **options)

@@ -277,9 +277,8 @@ def measure(matcher, split, truths, batch_size=128, progress=True):
     model, a, b = matcher.model, opened - opened.mean(), objects - objects.mean()
     pearson = [a @ b / math.sqrt(a @ a * (b @ b))] if a.any() and b.any() else []
     return {"split": split.name, "size": matcher.transform.size, "images": len(split),
-            "phrases": len(rows), "chance": mean(chance),
-            "pointing, words": mean(by_words), "pointing, masks": mean(by_masks),
-            "masks less words": bootstrap(by_masks - by_words, image_of),
+            "phrases": len(rows), "chance": mean(chance), "pointing, words": mean(by_words),
+            "pointing, masks": mean(by_masks), "masks less words": bootstrap(by_masks - by_words, image_of),
             "AUC image": auc(masks["box"], masks["no box"]),
             "AUC text": auc(masks["content"], masks["function"]), "cosine": mean(cosines),
             "variance": bootstrap(variance, image_of, ambiguous) if model.sampler.sample else None,

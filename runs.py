@@ -72,8 +72,9 @@ def load_config(path: str, backbone: str, recipe: str | None = None, dataset: st
     config |= {"backbone": backbone, "recipe": recipe, "datasets": blocks["datasets"]}
     config["data"]["name"] = name
     config["data"]["root"] = data_root or config["data"]["root"]
-    for item in sets:
-        set_key(config, item)
+    keys = [set_key(config, item) for item in sets]
+    if {"image.name", "image.size"} & {*keys} and "image.eval_size" not in keys:
+        config["image"]["eval_size"] = None            # what was chosen for another encoder or another size
     check(config, defaults)
     return config
 
@@ -125,8 +126,8 @@ def is_number(value) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def set_key(config: dict, item: str):
-    """One --set key=value: the key is dotted, the value YAML."""
+def set_key(config: dict, item: str) -> str:
+    """One --set key=value: the key is dotted, the value YAML. -> the key."""
     key, equals, text = item.partition("=")
     require(equals, f"--set takes key=value, got '{item}'")
     require(key != "data.name", "--set data.name: name the data set with --data")
@@ -143,6 +144,7 @@ def set_key(config: dict, item: str):
     except yaml.YAMLError:
         raise UserError(f"--set {key}: '{text}' is not a YAML value") from None
     block[last] = fitting(value, block.get(last), f"--set {key}")
+    return key
 
 
 def check(config: dict, defaults: dict):
@@ -267,16 +269,16 @@ def load_last(out: Path) -> dict:
 
 
 def model_from_checkpoint(checkpoint: dict, size: int | None = None):
-    """-> GRM in evaluation mode, its tokeniser. Needs neither the hub nor pretrained weights. size: of images
-    in evaluation, if another than the run's."""
-    checkpoint["config"]["image"]["eval_size"] = size or checkpoint["config"]["image"].get("eval_size")
+    """-> GRM in evaluation mode, its tokeniser, without the hub. size: becomes its own image.eval_size."""
     tokenizer = encoders.tokenizer_from_state(checkpoint["tokenizer"])
     try:
+        if size is not None:
+            checkpoint["config"]["image"]["eval_size"] = size
         rows, pad_id = encoders.rows_needed(tokenizer), tokenizer.pad_token_id
         model = modules.build_grm(checkpoint["config"], rows, pad_id, checkpoint["text_config"],
-                                  pretrained=False, tried=not size)
+                                  pretrained=False, tried=size is None)
         model.load_state_dict(checkpoint["model"])
-    except (KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError) as error:
         raise UserError(f"the checkpoint is of another version of this code ({one_line(error)}): train again "
                         "or use the version that wrote it") from None
     except RuntimeError as error:

@@ -77,7 +77,7 @@ class Run:
             old, new = runs.flat(start["config"]), runs.flat(config)
             # Under other values, what is done, or the tokeniser, would mean something else.
             fixed = "image.name text.name" if not last else ("recipe train.init data.name data.epoch "
-                    "data.val_split image.eval_size train.batch_size train.seed")
+                    "data.val_split image.size image.eval_size train.batch_size train.seed")
             changed = [f"{key}={json.dumps(old.get(key))}" for key in fixed.split()
                        if old.get(key) != new[key]]
             require(not changed, f"'{self.origin}' was trained with {', '.join(changed)}: repeat that, or "

@@ -215,7 +215,7 @@ def test_images_are_evaluated_at_the_size_that_the_run_or_the_reader_says(run_fo
         assert report["size"] == size
         said = eval_grm.figures_table(report["levels"])
         assert (said in printed) == (size == 96)                # training ends with the figures of eval_size
-    with pytest.raises(UserError, match="cannot encode 72 px .*divisible by patch size .16"):
+    with pytest.raises(UserError, match="cannot encode 72 px as image.eval_size .*patch size .16"):
         eval_grm.load(out / "best.pt", size=72)
 
 

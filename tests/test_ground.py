@@ -254,6 +254,10 @@ def test_the_command_measures_the_test_split(uncertainty, tiny_config, tmp_path,
     assert report["split"] == "shapes" and report["images"] == 10 and "pointing, words" in printed
     assert 0 < report["AUC image"] < 1 and 0 < report["AUC text"] < 1
     assert (report["variance"] is not None) == ("variance" in printed) == uncertainty
+    del tiny_config["image"]["eval_size"]                                   # as in older checkpoints
+    _, same = ground(tiny_config, tmp_path, capsys, "--limit", 10, "--size", 64)
+    _, large = ground(tiny_config, tmp_path, capsys, "--limit", 10, "--size", 128)
+    assert same["size"] == 64 and large["size"] == 128 and large["chance"] != same["chance"]
 
 
 def test_the_command_takes_entities_and_leaves_class_tokens_out(entities_root, tiny_config, tmp_path, capsys):

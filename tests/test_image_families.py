@@ -86,7 +86,7 @@ def test_another_size_in_evaluation_changes_nothing_at_the_own(name, size, other
 @pytest.mark.parametrize("name, size, said", [
     ("volo_d1_224", 64, "gives no square grid of patches at 64 px: choose"),    # its class token is unsaid
     ("pit_ti_224", 224, "gives no square grid"),
-    ("vit_tiny_patch16_dinov3_qkvb", 100, "cannot encode 100 px .its own size is 256.: .*patch size .16"),
+    ("vit_tiny_patch16_dinov3_qkvb", 100, "as image.size .its own size is 256.: .*patch size .16"),
     ("vit_tiny_patch16_224", 100, "last row or column of 100 px: set image.size to a multiple of 16"),
     ("eva02_tiny_patch14_224", 64, "set image.size to a multiple of 14"),
     ("vit_tiny_patch16_224.openai", 224, "no model '.*openai'; close: vit_tiny_patch16_224.augreg_in21k"),

@@ -5,6 +5,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -63,6 +64,13 @@ def test_the_settings_of_the_file():
     assert setting("model.image_keep", "vit_micro") == 0.3                             # the recipe's for it
     assert setting("model.image_keep", "vit_micro", sets=["model.image_keep=0.7"]) == 0.7
     assert setting("train.lr", "vit_micro", sets=["train.lr=3e-4"]) == 3e-4
+
+
+def test_a_size_in_evaluation_holds_for_its_encoder_and_its_training_size():
+    tiny = partial(setting, "image.eval_size", "vit_tiny")
+    assert tiny() == 192 == tiny(sets=["image.size=96", "image.eval_size=192"])
+    assert tiny(sets=["image.eval_size=224", "image.size=96"]) == 224 != tiny(sets=["train.lr=1"]) == 192
+    assert tiny(sets=["image.size=224"]) is tiny(sets=["image.name=resnet18"]) is None
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
@@ -272,6 +280,9 @@ def test_a_checkpoint_of_another_version_is_one_line(change, copied):
         del checkpoint["config"]["model"]
     torch.save(checkpoint, copied / "best.pt")
     assert one_line(run_eval("--ckpt", copied / "best.pt", "--split", "shapes"), "another version")
+    del checkpoint["config"]["image"]
+    torch.save(checkpoint, copied / "best.pt")
+    assert one_line(run_eval("--ckpt", copied / "best.pt", "--size", 96), "another version")
 
 
 def test_a_run_of_the_code_before_is_not_resumed(copied):
