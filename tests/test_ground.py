@@ -255,7 +255,7 @@ def test_the_command_measures_the_test_split(uncertainty, tiny_config, tmp_path,
     assert 0 < report["AUC image"] < 1 and 0 < report["AUC text"] < 1
     assert (report["variance"] is not None) == ("variance" in printed) == uncertainty
     del tiny_config["image"]["eval_size"]                                   # as in older checkpoints
-    _, same = ground(tiny_config, tmp_path, capsys, "--limit", 10, "--size", 64)
+    _, same = ground(tiny_config, tmp_path, capsys, "--limit", 10)
     _, large = ground(tiny_config, tmp_path, capsys, "--limit", 10, "--size", 128)
     assert same["size"] == 64 and large["size"] == 128 and large["chance"] != same["chance"]
 
