@@ -275,7 +275,8 @@ def test_a_run_starts_from_the_weights_of_another(run_folder, tmp_path):
     """At no rate it keeps its weights and its words, whatever the captions; resumed, it does not need it."""
     start = shutil.copy(run_folder / "best.pt", tmp_path / "start.pt")
     sets = [f"train.init={start}", "datasets.shapes.seed=5", "image.pretrained=true", "train.lr=1e-30"]
-    for more, said in (("image.size=70", "'vit_tiny_patch16_224' ignores"), ("model.dim=64", "the settings do not fit"),
+    for more, said in (("image.size=70", "'vit_tiny_patch16_224' ignores"),
+                       ("model.dim=64", "the settings do not fit"),
                        ("text.name=bert", f"'{start}' was trained with text.name=null: repeat")):
         failure = micro(tmp_path / "other", sets=[*sets, more])
         assert failure.startswith(f"error: {said}") and "\n" not in failure
