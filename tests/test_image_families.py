@@ -94,7 +94,7 @@ def test_another_size_in_evaluation_changes_nothing_at_the_own(name, size, other
     ("hf-hub:somebody/resnet18.a1_in1k", 224, "no model .*; close: resnet18.a1_in1k"),
     *slow([("coat_tiny", 64, "gives no square grid"), ("crossvit_tiny_240", 240, "gives no square grid"),
            ("efficientvim_m1", 128, "gives no square grid"), ("inception_v3", 224, "to its own, 299$"),
-           ("efficientformer_l1", 256, "cannot encode 256 px .its own size is 224.: The size of tensor")])])
+           ("efficientformer_l1", 256, "256 px as image.size .its own size is 224.: The size of tensor")])])
 def test_an_encoder_that_cannot_give_patches_is_refused_in_one_line(name, size, said):
     with pytest.raises(UserError, match=said) as error:
         image_encoder(name, size, {})
