@@ -57,7 +57,7 @@ def test_the_settings_of_the_file():
     assert setting("train.batch_size", "vit_b_224") == 256                             # COCO's
     assert setting("train.batch_size", "vit_b_224", dataset="f30k") == 128             # the default
     assert setting("train.batch_size", "vit_tiny", dataset="coco") == 64               # the backbone's
-    assert setting("augment.word_drop", "vit_tiny") == 0 < setting("augment.word_drop", "vit_tiny", "paper")
+    assert setting("train.lr", "vit_tiny") > setting("train.lr", "vit_tiny", "paper")  # the recipe's for it
     assert setting("model.num_prompts", "swin_b_384") == 50
     assert setting("model.image_keep", "vit_b_224") is None                            # the paper's
     assert setting("model.image_keep", "vit_b_224", "grm") == 0.5

@@ -385,4 +385,4 @@ def test_local_pretrained_weights_train_stop_and_resume_on_photographs(recipe, t
     model, _ = runs.model_from_checkpoint(last)
     assert {p.dtype for p in model.parameters()} == {torch.float32}    # the text weights are stored in fp16
     peaks = sorted({group["peak"] for group in last["optimizer"]["param_groups"]})
-    assert peaks == pytest.approx({"paper": [2e-5, 2e-4], "grm": [1e-4, 4e-4, 4e-3]}[recipe])
+    assert peaks == pytest.approx({"paper": [1e-4, 2e-3], "grm": [1e-4, 4e-4, 4e-3]}[recipe])
