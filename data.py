@@ -212,7 +212,7 @@ def read_json(path, folder):
             content = stream.read(MAX_JSON + 1)
         require(len(content) <= MAX_JSON, f"{file}: holds more than {MAX_JSON:,} bytes: divide the data set")
         text = content.decode("utf-8-sig")
-        if re.match(r"\s*\{.*\}\s*\n\s*\{", text):  # JSON Lines
+        if re.match(r"\s*\{.*\}[^\S\n]*\n\s*\{", text):  # JSON Lines
             text = "[" + ",".join(filter(str.strip, text.split("\n"))) + "]"
         return file, json.loads(text)
     except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:

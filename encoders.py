@@ -80,6 +80,9 @@ def build_image_encoder(config: dict, pretrained: bool, tried=False, joint=False
         near = difflib.get_close_matches(name, tagged or timm.list_models(), 5, 0.3)
         raise UserError(f"image.name: timm has no model '{name}'; close: {', '.join(near) or 'none'}")
     options = ({} if joint else {"num_classes": 0}) | (config["options"] or {})
+    files = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path"} & options.keys()
+    # Older versions of timm would execute what is in such a file.
+    require(not files, f"image.options takes no {', '.join(files)}: image.pretrained and image.weights do that")
     try:
         model, options = _sized_model(name, options, *sizes.values())
         if not tried:
@@ -206,6 +209,7 @@ def build_text_encoder(config: dict, pretrained: bool, vocab_size: int, pad_id: 
     try:
         if not pretrained:
             shape = encoder_config or _untrained_config(config["options"] or {}, vocab_size, pad_id)
+            require("attn_implementation" not in str(shape), "its attention would be fetched from the hub")
             shape = transformers.AutoConfig.for_model(**shape)
             model = transformers.AutoModel.from_config(shape, dtype=torch.float32)
         part = _text_part(model).float()

@@ -55,7 +55,7 @@ FUNCTION_WORDS = set("a an the some this that these those is are was were be the
                      "of to on in at by for from as with along and or".split())
 PLACE_WORDS = set("left right above over below under near next between behind front".split())
 EDGES = "xmin", "ymin", "xmax", "ymax"
-MARK = re.compile(r"\[/EN#(\d+)/\S+ ([^\[\]]+)\]")
+MARK = re.compile(r"\[/EN#(\d+)/[^\s\[\]]+ ([^\[\]]+)\]")
 
 
 # ---- figures -----------------------------------------------------------------------------------------------

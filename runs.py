@@ -28,7 +28,7 @@ LIMITS = {                                                         # what a valu
                                      "model.dim model.num_prompts train.epochs train.max_steps "
                                      "train.batch_size train.micro_batch train.log_every train.val_every "
                                      "train.max_bad_steps"),
-    "a whole number of at least 0": (int, lambda x: x >= 0, "data.workers train.seed"),
+    "a whole number from 0 to 2 ** 62": (int, lambda x: 0 <= x <= 2 ** 62, "data.workers train.seed"),
     "at least 0": (Real, lambda x: x >= 0, "loss.ramp train.warmup train.weight_decay train.save_minutes "
                                            "train.encoder_lr train.adapter_lr"),
     "above 0": (Real, lambda x: 0 < x < 9e99, "model.tau model.prompt_scale loss.temperature train.lr "
@@ -270,20 +270,19 @@ def load_last(out: Path) -> dict:
 
 def model_from_checkpoint(checkpoint: dict, size: int | None = None):
     """-> GRM in evaluation mode, its tokeniser, without the hub. size: becomes its own image.eval_size."""
-    tokenizer = encoders.tokenizer_from_state(checkpoint["tokenizer"])
     try:
+        tokenizer = encoders.tokenizer_from_state(checkpoint["tokenizer"])
         if size is not None:
             checkpoint["config"]["image"]["eval_size"] = size
         rows, pad_id = encoders.rows_needed(tokenizer), tokenizer.pad_token_id
         model = modules.build_grm(checkpoint["config"], rows, pad_id, checkpoint["text_config"],
                                   pretrained=False, tried=size is None)
         model.load_state_dict(checkpoint["model"])
-    except (AttributeError, KeyError, TypeError) as error:
-        raise UserError(f"the checkpoint is of another version of this code ({one_line(error)}): train again "
-                        "or use the version that wrote it") from None
-    except RuntimeError as error:
-        raise UserError("the checkpoint's weights do not fit its configuration: "
-                        + str(error).splitlines()[1].strip()) from None
+    except UserError:
+        raise
+    except Exception as error:                     # what the libraries raise for entries that they cannot read
+        raise UserError(f"the checkpoint is damaged or of another version of this code ({one_line(error)}): "
+                        "train again or use the version that wrote it") from None
     return model.eval(), tokenizer
 
 
@@ -365,10 +364,10 @@ def one_line_errors():
             stream.reconfigure(errors="backslashreplace")
     try:
         yield
-    except (UserError, OSError, FloatingPointError, RuntimeError) as error:
+    except (UserError, OSError, FloatingPointError, RuntimeError, MemoryError) as error:
         said = str(error)
-        if isinstance(error, torch.OutOfMemoryError):
-            said = "the GPU has no memory left: lower train.micro_batch, or an evaluation's --batch-size"
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in said:
+            said = "there is no memory left: lower train.micro_batch, or an evaluation's --batch-size"
         elif said.startswith("DataLoader"):
             said = (f"the processes that load images failed ({one_line(said)}): give a container more shared "
                     "memory (--shm-size), check the disk or, in training, set data.workers=0 and --resume")

@@ -196,7 +196,8 @@ class Run:
 
     def test(self):
         """The table of best.pt on the test split or, where the data has none, on the validation split."""
-        step = self.load_best()
+        best = runs.load_checkpoint(self.out / "best.pt")
+        self.model.load_state_dict(best["model"])
         try:
             name = data.name_of_part(self.config["datasets"], self.config["data"]["name"], "test")
             split, what = self.load_split(name), "test"
@@ -205,8 +206,8 @@ class Run:
             split, what = self.val_split, "validation"
         folds = min(len(split), split.folds)
         results = self.evaluate(split, folds)
-        self.log({"step": step, "test_split": split.name, "test": results})
-        self.say(f"\nbest.pt (step {step}) on {eval_grm.describe(split.name, split, folds)}\n"
+        self.log({"step": best["step"], "test_split": split.name, "test": results})
+        self.say(f"\nbest.pt (step {best['step']}) on {eval_grm.describe(split.name, split, folds)}\n"
                  f"{eval_grm.figures_table(results)}\n{what} rSum {results['combined']['rsum']:.1f}")
 
     # ---- its parts -----------------------------------------------------------------------------------------
@@ -310,12 +311,6 @@ class Run:
                           f"{self.ranks} with {len(random_state()) - 1}: from step {self.step} on, it draws "
                           "other random numbers")
             torch.manual_seed(self.config["train"]["seed"] + self.step + self.rank)
-
-    def load_best(self) -> int:
-        """Loads the weights of best.pt and returns their step."""
-        best = runs.load_checkpoint(self.out / "best.pt")
-        self.model.load_state_dict(best["model"])
-        return best["step"]
 
     def random_states(self) -> list:
         return [random_state()]                                    # of every process

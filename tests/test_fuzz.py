@@ -14,6 +14,7 @@ import test_data
 from PIL import Image
 
 import data
+import ground_grm
 
 SECONDS, BYTES = 5, 3 * 2 ** 30  # of computing, and beside what the process has, that a case may take
 SENTENCES = [{"raw": "a dog", "tokens": ["a", "dog"]}, {"raw": "a cat"}]
@@ -162,6 +163,15 @@ def test_damaged_files_are_read_or_refused_in_one_line(tmp_path, bounded, cases,
         except BaseException as error:
             raise AssertionError(f"case {case} of seed {seed} ends in {error!r:.500}") from error
     assert (counts > cases / 50).all(), counts
+
+
+def test_long_files_are_read_or_refused_within_seconds(tmp_path, bounded):
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    (tmp_path / "a.json").write_text("{}" + "\n" * 10 ** 5 + "x")
+    with pytest.raises(data.UserError, match="cannot be read as JSON"):
+        data.load_split("mine", {"mine": {"annotations": "a.json", "images": "."}}, tmp_path)
+    with pytest.raises(ValueError, match="a mark that is not"):
+        ground_grm.read_sentence("[/EN#1/" * 10 ** 5, {})
 
 
 @pytest.mark.parametrize("damage", ["empty", "truncated", "text", "bomb", "folder", "EPS"])

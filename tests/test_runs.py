@@ -95,7 +95,8 @@ def test_recipe_paper_is_the_defaults():
     ("data.epoch=all", "captions, images"), ("model.num_prompts=0", "at least 1"),
     ("model.text_keep=1", "between 0 and 1"), ("model.prior=wide", "standard, scaled"),
     ("loss.kind=[", "YAML"), ("train.lr=null", "must have a value"), ("train.micro_batch=2.5", "whole"),
-    ("train.seed=-1", "at least 0"), ("image.optionsx=1", "image.options"), ("loss.ramp=-1", "at least 0"),
+    ("train.seed=-1", "from 0 to"), (f"train.seed={10 ** 20}", "from 0 to"),
+    ("image.optionsx=1", "image.options"), ("loss.ramp=-1", "at least 0"),
     ("train.warmup=-0.1", "at least 0"), ("train.milestones=[2]", "0 to 1"), ("train.milestones=1", "list"),
     ("data.name=f8k", "--data"), ("data.root=", "must have a value"), ("image.name=", "must have a value"),
     ("data.val_split=3", "not a str"), ("train.init=[x]", "a name"), ("text.name=", None),
@@ -163,10 +164,13 @@ def test_help_answers_before_the_libraries_are_loaded(script):
     assert done.returncode == 0 and "usage: " in done.stdout, done.stderr
 
 
-def test_running_out_of_gpu_memory_is_one_line():
-    with pytest.raises(SystemExit, match="error: the GPU has no memory left.*train.micro_batch"):
-        with runs.one_line_errors():
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+def test_running_out_of_memory_is_one_line():
+    for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), MemoryError(), None):
+        with pytest.raises(SystemExit, match="error: there is no memory left.*train.micro_batch"):
+            with runs.one_line_errors():
+                if error:
+                    raise error
+                torch.empty(10 ** 15)
 
 
 def test_a_console_that_lacks_a_character_gets_its_number(monkeypatch):
@@ -300,4 +304,24 @@ def test_a_checkpoint_whose_weights_do_not_fit_is_one_line(copied):
     checkpoint = torch.load(copied / "best.pt", weights_only=True)
     checkpoint["model"]["image_proj.weight"] = torch.zeros(2, 2)
     torch.save(checkpoint, copied / "best.pt")
-    assert one_line(run_eval("--ckpt", copied / "best.pt", "--split", "shapes"), "do not fit", "image_proj")
+    assert one_line(run_eval("--ckpt", copied / "best.pt", "--split", "shapes"), "version", "image_proj")
+
+
+@pytest.mark.parametrize("where, value, said", [
+    ("tokenizer.tokenizer", "{}", "damaged"), ("tokenizer", [], "damaged"), ("config", [], "damaged"),
+    ("config.model.dim", -1, "damaged"), ("model", [], "damaged"),
+    ("config.image.options.checkpoint_path", "bomb.pt", "no checkpoint_path"),
+    ("config.image.options.pretrained_cfg_overlay", {"file": "bomb.pt"}, "no pretrained_cfg_overlay"),
+    ("text_config.attn_implementation", "somebody/code", "would be fetched")])
+def test_no_entry_of_a_checkpoint_is_more_than_one_line_or_reads_other_files(where, value, said, copied,
+                                                                             monkeypatch):
+    monkeypatch.chdir(copied)
+    Bomb.path = copied / "ran"
+    torch.save(Bomb(), "bomb.pt")
+    block = checkpoint = torch.load("best.pt", weights_only=True)
+    *blocks, last = where.split(".")
+    for key in blocks:
+        block = block[key]
+    block[last] = value
+    torch.save(checkpoint, "best.pt")
+    assert one_line(run_eval("--ckpt", "best.pt", "--split", "shapes"), said) and not Bomb.path.exists()
