@@ -82,7 +82,7 @@ def build_image_encoder(config: dict, pretrained: bool, tried=False, joint=False
     options = ({} if joint else {"num_classes": 0}) | (config["options"] or {})
     files = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path"} & options.keys()
     # Older versions of timm would execute what is in such a file.
-    require(not files, f"image.options takes no {', '.join(files)}: image.pretrained and image.weights do that")
+    require(not files, f"image.options takes no {', '.join(files)}: set image.weights")
     try:
         model, options = _sized_model(name, options, *sizes.values())
         if not tried:
