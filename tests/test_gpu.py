@@ -1,6 +1,8 @@
 """What only a GPU can show. The other tests hide it, so these run by
 
     GRM_TEST_GPU=0 python -m pytest tests/test_gpu.py
+
+.ci/gpu does that and runs the benchmark.
 """
 import subprocess
 import sys
