@@ -347,10 +347,14 @@ def tokenizer_state(tokenizer) -> dict:
 
 
 def tokenizer_from_state(state: dict):
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(state["tokenizer"]))
-    for role, token in state["special"].items():      # the constructor would make a word that pads special
-        setattr(tokenizer, role, token)
-    return tokenizer
+    try:
+        backend = Tokenizer.from_str(state["tokenizer"])
+        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend)
+        for role, token in state["special"].items():  # the constructor would make a word that pads special
+            setattr(tokenizer, role, token)
+        return tokenizer
+    except Exception as error:
+        raise UserError(f"the checkpoint's tokenizer is damaged ({one_line(error)}): train again") from None
 
 
 # ---- the hub -----------------------------------------------------------------------------------------------

@@ -291,8 +291,7 @@ class GRM(nn.Module):
         tokens, pooled = (F.normalize(x.float(), dim=-1) for x in (T, pooled))
         return TextFeatures(tokens, aligned, mask, pooled)
 
-    def forward(self, images: Tensor, ids: Tensor, valid: Tensor,
-                words: Tensor) -> tuple[ImageFeatures, TextFeatures]:
+    def forward(self, images, ids, valid, words) -> tuple[ImageFeatures, TextFeatures]:
         return self.encode_image(images), self.encode_text(ids, valid, words)
 
     def similarity(self, image: ImageFeatures, text: TextFeatures) -> dict[str, Tensor]:

@@ -280,7 +280,7 @@ def model_from_checkpoint(checkpoint: dict, size: int | None = None):
         model.load_state_dict(checkpoint["model"])
     except UserError:
         raise
-    except Exception as error:                     # what the libraries raise for entries that they cannot read
+    except Exception as error:               # whatever the libraries raise for entries that they cannot read
         raise UserError(f"the checkpoint is damaged or of another version of this code ({one_line(error)}): "
                         "train again or use the version that wrote it") from None
     return model.eval(), tokenizer

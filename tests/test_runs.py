@@ -325,3 +325,6 @@ def test_no_entry_of_a_checkpoint_is_more_than_one_line_or_reads_other_files(whe
     block[last] = value
     torch.save(checkpoint, "best.pt")
     assert one_line(run_eval("--ckpt", "best.pt", "--split", "shapes"), said) and not Bomb.path.exists()
+    if blocks == ["tokenizer"]:
+        again = run_train("--backbone", "vit_micro", "--out", "new", "--set", *TINY, "train.init=best.pt")
+        assert one_line(again, said)
