@@ -280,8 +280,8 @@ def main(args):
     if torch.cuda.is_available():
         bench_cuda(report)
     else:
-        for tokens in (197, 5):                          # patches; regions
-            bench_similarity(report, CPU, 64, tokens, 128, 512)
+        for shape in ((64, 197, 128, 512), (128, 5, 128, 512)):
+            bench_similarity(report, CPU, *shape)
         bench_loss(report, CPU)
         bench_step(report, "vit_tiny", 64, MINILM)
     print(f"\n{time.perf_counter() - started:.0f} s in all")

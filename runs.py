@@ -270,8 +270,8 @@ def load_last(out: Path) -> dict:
 
 def model_from_checkpoint(checkpoint: dict, size: int | None = None):
     """-> GRM in evaluation mode, its tokeniser, without the hub. size: becomes its own image.eval_size."""
+    tokenizer = encoders.tokenizer_from_state(checkpoint["tokenizer"])
     try:
-        tokenizer = encoders.tokenizer_from_state(checkpoint["tokenizer"])
         if size is not None:
             checkpoint["config"]["image"]["eval_size"] = size
         rows, pad_id = encoders.rows_needed(tokenizer), tokenizer.pad_token_id

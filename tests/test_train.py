@@ -329,7 +329,9 @@ def test_mixed_precision_trains(tmp_path, precision, recipe, dtype, micro_batch)
     assert losses[1][0] == pytest.approx(losses[0][0], rel=0.005) and losses[1][0] != losses[0][0]
     scaler = runs.load_last(tmp_path / "half")["scaler"]
     assert bool(scaler) == (dtype == torch.float16)
-    assert not scaler or scaler["scale"] > 2.0 ** (16 - 6)         # halved at fewer steps than there were
+    if scaler:  # a step that overflows halves the scale, any other is counted; some of the six were taken
+        assert scaler["scale"] > 2.0 ** (16 - 6)
+        assert scaler["scale"] < 2.0 ** 16 or scaler["_growth_tracker"] == 6
 
 
 def test_a_run_goes_on_where_precision_and_devices_are_others(tmp_path, precision):
